@@ -1,0 +1,80 @@
+"""`segdeformer eval`: score a checkpoint on a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from segdeformer.cli.errors import one_line_errors
+from segdeformer.cli.options import CheckpointArgument, Device, Flip, ImplName, Mode, Scales
+
+
+@one_line_errors
+def eval_command(
+    checkpoint: CheckpointArgument = None,
+    data: Annotated[
+        str | None, typer.Option(help="landcover, NAME:FOLDER or a folder; default: the checkpoint's.")
+    ] = None,
+    mode: Mode = None,
+    scales: Scales = None,
+    flip: Flip = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write scores, protocol and weights hash here.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw some images beside truth and prediction here (PNG).")
+    ] = None,
+    device: Device = "auto",
+    impl: ImplName = "auto",
+) -> None:
+    """Score a checkpoint: mIoU, mAcc, aAcc and per-class IoU, and the protocol they belong to."""
+    from segdeformer.cli.options import changed_protocol, check_impl
+    from segdeformer.data.datasets import open_dataset, parse_data_spec
+    from segdeformer.engine.checkpoint import find_checkpoint, load
+    from segdeformer.engine.device import choose_device
+    from segdeformer.engine.evaluate import ImageResult, Tally, check_same_classes, evaluate_images
+    from segdeformer.engine.scorecard import write_scorecard
+
+    chosen, resolved = choose_device(device), check_impl(impl)
+    path = find_checkpoint(checkpoint)
+    loaded = load(path, device=chosen, impl=resolved)
+    recipe = loaded.checkpoint.recipe
+    protocol = changed_protocol(recipe.evaluate, mode=mode, scales=scales, flip=flip)
+    config = recipe.data
+    if data is not None:
+        given = parse_data_spec(data)
+        config = config.model_copy(update={"name": given.name, "root": given.root})
+    dataset = open_dataset(config, "val")
+    check_same_classes(loaded.checkpoint.classes, dataset, str(path))
+
+    from rich.console import Console
+    from rich.progress import track
+
+    from segdeformer.cli.show import protocol_line, scores_line, scores_table
+    from segdeformer.report.sheet import shown_indices, write_sheet
+
+    console = Console()
+    console.print(f"{path} (iteration {loaded.checkpoint.iteration:,}) on {config.name} {config.val_split}")
+    console.print(f"protocol: {protocol_line(protocol)}")
+    console.print(f"device {chosen}, attention {resolved}", style="dim")
+    shown = shown_indices(len(dataset)) if picture is not None else []
+    drawn: list[ImageResult] = []
+    tally = Tally(dataset.classes)
+    results = evaluate_images(
+        loaded.model, dataset, tally, protocol=protocol, data=config, device=chosen
+    )
+    ticking = track(results, "images", total=len(dataset), console=console, transient=True)
+    for index, result in enumerate(ticking):
+        if index in shown:
+            drawn.append(result)
+    report = tally.report()
+    console.print(scores_table(report))
+    console.print(scores_line(report), style="bold")
+    if json_file is not None:
+        write_scorecard(json_file, report, protocol=protocol, data=config, checkpoint=loaded.checkpoint)
+        console.print(f"scores: {json_file}")
+    if picture is not None:
+        write_sheet(picture, drawn, report.classes, headline=f"{recipe.name}: {scores_line(report)}")
+        console.print(f"picture: {picture}")

@@ -1,0 +1,66 @@
+"""Options that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from segdeformer.errors import UsageError
+
+if TYPE_CHECKING:
+    from segdeformer.config import EvalConfig
+
+Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
+ImplName = Annotated[
+    str, typer.Option("--impl", help="Implementation of the attention: auto, sdpa or reference.")
+]
+Mode = Annotated[
+    str | None, typer.Option(help="whole image, or slide a window; default: as the recipe says.")
+]
+Scales = Annotated[
+    str | None, typer.Option(help="Scales to average over, such as 0.5,1.0,1.5; default: the recipe's.")
+]
+Flip = Annotated[
+    bool | None, typer.Option("--flip/--no-flip", help="Average with the mirrored image too.")
+]
+CheckpointArgument = Annotated[
+    Path | None,
+    typer.Argument(help="A checkpoint, or a run folder (its best). Default: the newest run under runs/."),
+]
+
+
+def check_impl(name: str) -> str:
+    """The implementation's resolved name; raises `UsageError` for one that cannot run."""
+    from segdeformer.kernels.impl import resolve_impl
+
+    try:
+        return resolve_impl(name)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
+
+
+def changed_protocol(
+    protocol: EvalConfig, *, mode: str | None, scales: str | None, flip: bool | None
+) -> EvalConfig:
+    """The recipe's protocol with what the command line says put in, validated like a recipe."""
+    from pydantic import ValidationError
+
+    from segdeformer.config import EvalConfig
+
+    values = protocol.model_dump()
+    if mode is not None:
+        values["mode"] = mode
+    if scales is not None:
+        try:
+            values["scales"] = [float(scale) for scale in scales.split(",")]
+        except ValueError:
+            raise UsageError(f"--scales {scales}: expected numbers such as 0.5,1.0,1.5") from None
+    if flip is not None:
+        values["flip"] = flip
+    try:
+        return EvalConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"--{first['loc'][0]}: {first['msg']}; got {first['input']!r}") from None

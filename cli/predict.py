@@ -1,0 +1,78 @@
+"""`segdeformer predict`: class maps, overlays and confidence maps of your images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from segdeformer.cli.errors import fail, one_line_errors
+from segdeformer.cli.options import Device, Flip, ImplName, Mode, Scales
+
+
+@one_line_errors
+def predict_command(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder (its best).")],
+    images: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results; made if missing.")],
+    overlay: Annotated[
+        bool, typer.Option("--overlay", help="Also write the image coloured by class, with a legend.")
+    ] = False,
+    confidence: Annotated[
+        bool, typer.Option("--confidence", help="Also write a map of the winner's softmax.")
+    ] = False,
+    opacity: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Of the colours over the image.")
+    ] = 0.6,
+    mode: Mode = None,
+    scales: Scales = None,
+    flip: Flip = None,
+    device: Device = "auto",
+    impl: ImplName = "auto",
+) -> None:
+    """Predict images of any size: <name>.png holds one class id per pixel, at the input's own size."""
+    from segdeformer.cli.options import changed_protocol, check_impl
+    from segdeformer.engine.checkpoint import find_checkpoint, load
+    from segdeformer.engine.device import choose_device
+    from segdeformer.engine.predict import plan_jobs, run_job
+    from segdeformer.errors import UserError
+
+    jobs = plan_jobs(images, out)
+    chosen, resolved = choose_device(device), check_impl(impl)
+    loaded = load(find_checkpoint(checkpoint), device=chosen, impl=resolved)
+    recipe = loaded.checkpoint.recipe
+    protocol = changed_protocol(recipe.evaluate, mode=mode, scales=scales, flip=flip)
+
+    from rich.console import Console
+    from rich.progress import track
+
+    from segdeformer.cli.show import protocol_line
+
+    console = Console()
+    console.print(f"{loaded.checkpoint.path}, {len(jobs)} images, device {chosen}, attention {resolved}")
+    console.print(f"protocol: {protocol_line(protocol)}", style="dim")
+    failed: list[UserError] = []
+    written: list[Path] = []
+    for job in track(jobs, "images", console=console, transient=True):
+        try:
+            written += run_job(
+                job,
+                loaded.model,
+                classes=loaded.checkpoint.classes,
+                protocol=protocol,
+                data=recipe.data,
+                device=chosen,
+                draw_overlay=overlay,
+                draw_confidence=confidence,
+                opacity=opacity,
+            )
+        except UserError as error:  # one bad image does not cost the others
+            failed.append(error)
+    for path in written[:6]:
+        console.print(f"  {path}", highlight=False, soft_wrap=True)
+    if len(written) > 6:
+        console.print(f"  ... {len(written)} files in {out}", highlight=False)
+    if failed:
+        more = f" (and {len(failed) - 1} more images failed)" if len(failed) > 1 else ""
+        fail(f"{failed[0]}{more}", 1)

@@ -1,0 +1,80 @@
+"""Tables and lines that the commands print."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from segdeformer.config import EvalConfig, TrainConfig
+    from segdeformer.engine.evaluate import Report
+    from segdeformer.engine.optimizer import ParameterGroup
+
+
+def groups_table(groups: Sequence[ParameterGroup], config: TrainConfig) -> Table:
+    """Who learns at which rate: nothing about learning-rate groups is hidden."""
+    table = Table("parameters", "count", "learning rate", "weight decay", box=None, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for group in groups:
+        table.add_row(
+            group.name, f"{group.count:,}", f"{group.learning_rate:.3g}", f"{group.weight_decay:.3g}"
+        )
+    table.add_row("total", f"{sum(group.count for group in groups):,}", "", "", style="dim")
+    return table
+
+
+def schedule_line(config: TrainConfig) -> str:
+    """One line on optimiser and schedule."""
+    return (
+        f"AdamW, batch {config.batch_size}, {config.iterations:,} iterations: linear warm-up over "
+        f"{config.warmup_iterations:,}, then poly of power {config.poly_power:g} to "
+        f"{config.min_learning_rate:g}; loss averaged over {config.loss_average} pixels"
+    )
+
+
+def scores_table(report: Report) -> Table:
+    """IoU and accuracy of every class in percent, and the means."""
+    table = Table("class", "IoU %", "accuracy %", "pixels %", box=None, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    scores = report.scores
+    total = max(int(scores.pixels_K.sum()), 1)
+    for index, name in enumerate(report.classes.names):
+        share = f"{100 * scores.pixels_K[index] / total:.2f}"
+        table.add_row(name, percent(scores.iou_K[index]), percent(scores.accuracy_K[index]), share)
+    table.add_section()
+    table.add_row("mean", percent(scores.miou), percent(scores.macc), "", style="bold")
+    return table
+
+
+def scores_line(report: Report) -> str:
+    """mIoU, mAcc, aAcc and loss in one line."""
+    return (
+        f"mIoU {percent(report.scores.miou)} %, mAcc {percent(report.scores.macc)} %, "
+        f"aAcc {percent(report.pixel_accuracy)} %, loss {report.loss:.4f} on {report.num_images} images"
+    )
+
+
+def protocol_line(protocol: EvalConfig) -> str:
+    """The protocol in words."""
+    size = "own size"
+    if protocol.resize_to is not None:
+        long_px, short_px = protocol.resize_to
+        size = f"ratio kept, inside {long_px} x {short_px} px"
+    if protocol.multiple_of > 1:
+        size += f", up to a multiple of {protocol.multiple_of}"
+    mode = protocol.mode
+    if mode == "slide":
+        (height, width), (down, right) = protocol.window, protocol.stride
+        mode += f" {height} x {width}, stride {down} x {right}"
+    scales = ", ".join(f"{scale:g}" for scale in protocol.scales)
+    return f"{mode}; {size}; scales {scales}; {'with' if protocol.flip else 'no'} flip"
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with two decimals, a dash for NaN."""
+    return "-" if math.isnan(share) else f"{100 * share:.2f}"

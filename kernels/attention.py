@@ -1,0 +1,61 @@
+"""Softmax attention of one head. B batch, N queries, M keys, D key width, E value width."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from segdeformer.kernels.impl import Impl, resolve_impl
+
+
+def attention(
+    queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, *, scale: float, impl: Impl = "auto"
+) -> Tensor:
+    """softmax(scale * Q K^T) V of Eq. 5, (B, N, E), in the inputs' dtype.
+
+    M may differ from N (reduced keys and values) and E from D. Several heads: fold them into B.
+    Raises `ValueError` when the three shapes do not belong together.
+    """
+    check_attention_shapes(queries_BND, keys_BMD, values_BME)
+    if resolve_impl(impl) == "reference":
+        return attention_reference(queries_BND, keys_BMD, values_BME, scale=scale)
+    return _attention_sdpa(queries_BND, keys_BMD, values_BME, scale=scale)
+
+
+def attention_reference(
+    queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, *, scale: float
+) -> Tensor:
+    """Eq. 5 as printed; holds the N x M matrix."""
+    scores_BNM = (queries_BND @ keys_BMD.transpose(1, 2)) * scale
+    return scores_BNM.softmax(dim=-1) @ values_BME
+
+
+def _attention_sdpa(queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, *, scale: float) -> Tensor:
+    value_width = values_BME.shape[-1]
+    missing = queries_BND.shape[-1] - value_width
+    # On the CPU, unequal widths would drop PyTorch into the form that holds N x M scores.
+    # Zeros in keys leave the scores as they are, zeros in values add columns that are cut off.
+    if queries_BND.device.type == "cpu" and missing > 0:
+        values_BME = F.pad(values_BME, (0, missing))
+    elif queries_BND.device.type == "cpu" and missing < 0:
+        queries_BND, keys_BMD = F.pad(queries_BND, (0, -missing)), F.pad(keys_BMD, (0, -missing))
+    out_B1NE = F.scaled_dot_product_attention(
+        queries_BND.unsqueeze(1), keys_BMD.unsqueeze(1), values_BME.unsqueeze(1), scale=scale
+    )
+    return out_B1NE.squeeze(1)[..., :value_width]
+
+
+def check_attention_shapes(queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor) -> None:
+    """Raise `ValueError` naming the shapes that disagree."""
+    shapes = [tuple(t.shape) for t in (queries_BND, keys_BMD, values_BME)]
+    if any(len(shape) != 3 for shape in shapes):
+        raise ValueError(f"queries, keys, values have shapes {shapes}; expected (B,N,D), (B,M,D), (B,M,E)")
+    (batch, _, width), (key_batch, num_keys, key_width), (value_batch, num_values, _) = shapes
+    if not batch == key_batch == value_batch:
+        raise ValueError(f"queries, keys, values have batches {batch}, {key_batch}, {value_batch}; need one")
+    if width != key_width:
+        raise ValueError(f"queries are {width} wide, keys {key_width}; both must be D")
+    if num_keys != num_values:
+        raise ValueError(f"there are {num_keys} keys and {num_values} values; both must be M")
+    if num_keys == 0:
+        raise ValueError("there are no keys; attention needs at least one")

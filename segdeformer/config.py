@@ -1,0 +1,364 @@
+"""The typed recipe: everything that decides a result, nothing that does not.
+
+A recipe is one complete TOML file. Unknown keys, wrong types and values out of range are
+refused with the path of the key. Devices, workers and implementations are not in it: they
+do not change results beyond rounding.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import typing
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from segdeformer.errors import UsageError
+
+IGNORE_INDEX = 255
+DEFAULT_RECIPE = "landcover"
+
+Projection = Literal["affine", "conv_bn_relu"]
+DataName = Literal["landcover", "folder", "ade20k", "cityscapes", "coco_stuff", "synthetic"]
+LossAverage = Literal["valid", "all"]
+EvalMode = Literal["whole", "slide"]
+
+Positive = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+# TOML has lists only; strict validation would insist on tuples.
+SizeHW = Annotated[tuple[Positive, Positive], Field(strict=False)]
+SizeWH = Annotated[tuple[Positive, Positive], Field(strict=False)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class Strict(BaseModel):
+    """Immutable, no unknown keys, no silent conversion of types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class EncoderConfig(Strict):
+    """Which encoder makes the four feature maps.
+
+    name: `mit_b0` ... `mit_b5`, `mit_nano`, or any timm model name.
+    weights: `none`, `timm` (pretrained weights through timm's hub), or a file.
+    image_size: (height, width) of the position grid for encoders with absolute positions;
+        other sizes are resampled from it. Not a limit on the input.
+    taps: block indices of the four maps of a flat (ViT) encoder; default spreads them evenly.
+    feature_norm: LayerNorm on every returned map, as mmsegmentation's Swin has.
+    """
+
+    name: str
+    weights: str = "none"
+    drop_path: Share = 0.0
+    image_size: SizeHW | None = None
+    taps: Annotated[tuple[Natural, Natural, Natural, Natural], Field(strict=False)] | None = None
+    feature_norm: bool = False
+
+
+class FusionConfig(Strict):
+    """MLP fusion (Eq. 1). `conv_bn_relu`: mmsegmentation's; `linear`: NVlabs' and Hugging Face's."""
+
+    kind: Literal["mlp"] = "mlp"
+    width: Positive = 256
+    projection: Literal["conv_bn_relu", "linear"] = "conv_bn_relu"
+
+
+class InternalConfig(Strict):
+    """Internal attention over the pixels (Eq. 5, Table 4)."""
+
+    heads: Positive = 1
+    depth: Positive = 1
+    mlp: bool = False
+
+
+class ExternalConfig(Strict):
+    """External attention through class tokens (Eqs. 6-10, Table 5)."""
+
+    tokens: Literal["learned"] = "learned"
+    attention_loss: bool = True
+    second_stage: bool = True
+    decouple: bool = True
+
+
+class ContextConfig(Strict):
+    """What SegDeformer adds to the fused map. Leave the table out for plain SegFormer.
+
+    reduction: keys and values of Eqs. 5 and 7 come from an R x R convolution of stride R.
+    """
+
+    projection: Projection = "affine"
+    reduction: Positive = 1
+    internal: InternalConfig | None = None
+    external: ExternalConfig | None = None
+
+    @model_validator(mode="after")
+    def _something_is_mined(self) -> ContextConfig:
+        if self.internal is None and self.external is None:
+            raise ValueError(
+                "has neither `internal` nor `external`; add one, or leave `context` out"
+            )
+        return self
+
+
+class HeadConfig(Strict):
+    """Dropout and a 1x1 convolution to class logits (Eq. 4)."""
+
+    dropout: Share = 0.1
+
+
+class AuxiliaryConfig(Strict):
+    """FCN head on one encoder stage (1 to 4), training only; mmsegmentation's decoders have it."""
+
+    stage: Annotated[int, Field(ge=1, le=4)] = 3
+    width: Positive = 256
+
+
+class ModelConfig(Strict):
+    num_classes: Annotated[int, Field(ge=2, le=255)]
+    encoder: EncoderConfig
+    fusion: FusionConfig = FusionConfig()
+    context: ContextConfig | None = None
+    head: HeadConfig = HeadConfig()
+    auxiliary: AuxiliaryConfig | None = None
+
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> ModelConfig:
+        internal = self.context.internal if self.context else None
+        if internal and self.fusion.width % internal.heads:
+            raise ValueError(
+                f"fusion.width {self.fusion.width} is no multiple of "
+                f"context.internal.heads {internal.heads}"
+            )
+        return self
+
+
+class DataConfig(Strict):
+    """Which data, and where. `root` is not needed by `landcover` and `synthetic`."""
+
+    name: DataName
+    root: str = ""
+    train_split: str = "train"
+    val_split: str = "val"
+    mean: Annotated[tuple[float, float, float], Field(strict=False)] = (123.675, 116.28, 103.53)
+    std: Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], Field(strict=False)] = (58.395, 57.12, 57.375)
+
+
+# Optional keys default to None: TOML cannot say null, so only then does a resolved recipe read back.
+
+
+class AugmentConfig(Strict):
+    """The training transforms, in this order (mmsegmentation's pipeline, see FACTS).
+
+    resize_to: (long, short) edge in px that a ratio of `ratio_range` multiplies; None keeps the size.
+    crop: (height, width) in px, redrawn up to 10 times until the largest class has less than
+        `max_class_share` of the valid pixels.
+    horizontal_flip, vertical_flip: probabilities. quarter_turns: one of four rotations (nadir views).
+    photometric: brightness, contrast, saturation and hue, each with probability 0.5.
+    """
+
+    resize_to: SizeWH | None = None
+    ratio_range: Annotated[tuple[float, float], Field(strict=False)] = (0.5, 2.0)
+    crop: SizeHW = (512, 512)
+    max_class_share: Share = 0.75
+    horizontal_flip: Share = 0.5
+    vertical_flip: Share = 0.0
+    quarter_turns: bool = False
+    photometric: bool = True
+
+    @model_validator(mode="after")
+    def _range_is_ordered(self) -> AugmentConfig:
+        low, high = self.ratio_range
+        if not 0 < low <= high:
+            raise ValueError(f"ratio_range {[low, high]} must be positive and in ascending order")
+        if self.quarter_turns and self.crop[0] != self.crop[1]:
+            raise ValueError(f"quarter_turns needs a square crop; got {list(self.crop)}")
+        return self
+
+
+class EvalConfig(Strict):
+    """The protocol of a score.
+
+    resize_to: (long, short) edge in px, ratio kept; None evaluates at the image's own size.
+    multiple_of: round the resized size up to this multiple (SegFormer's own code: 32).
+    window, stride: (height, width) in px of the sliding window, for mode `slide`.
+    scales, flip: more than one scale, or flip, averages softmax over all of them.
+    """
+
+    mode: EvalMode = "whole"
+    resize_to: SizeWH | None = None
+    multiple_of: Positive = 1
+    window: SizeHW = (512, 512)
+    stride: SizeHW = (512, 512)
+    scales: Annotated[tuple[PositiveFloat, ...], Field(strict=False, min_length=1)] = (1.0,)
+    flip: bool = False
+
+    @model_validator(mode="after")
+    def _windows_leave_no_gap(self) -> EvalConfig:
+        if any(s > w for s, w in zip(self.stride, self.window, strict=True)):
+            raise ValueError(
+                f"stride {list(self.stride)} is larger than window {list(self.window)}: "
+                "pixels between windows would have no prediction"
+            )
+        return self
+
+
+class TrainConfig(Strict):
+    """AdamW, linear warm-up times poly decay, L_seg + weight * L_attn (Eq. 9).
+
+    decoder_lr_multiplier: all decoder parameters, norms and tokens too, get this times the rate.
+    loss_average: divide the summed cross-entropy by the `valid` pixels or by `all` (mmsegmentation).
+    class_weights: one factor per class.
+    """
+
+    iterations: Positive = 160_000
+    batch_size: Positive = 16
+    seed: Natural = 0
+    learning_rate: PositiveFloat = 6e-5
+    betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    decoder_lr_multiplier: PositiveFloat = 10.0
+    warmup_iterations: Natural = 1500
+    warmup_ratio: Share = 1e-6
+    poly_power: Annotated[float, Field(ge=0)] = 1.0
+    min_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    loss_average: LossAverage = "all"
+    attention_loss_weight: Annotated[float, Field(ge=0)] = 0.4
+    auxiliary_loss_weight: Annotated[float, Field(ge=0)] = 0.4
+    class_weights: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=False)] | None = None
+    label_smoothing: Share = 0.0
+    validate_every: Positive = 16_000
+    checkpoint_every: Positive = 4_000
+
+
+class ReportedConfig(Strict):
+    """What the paper reports for this row, for the report's second column; never used otherwise."""
+
+    table: Annotated[int, Field(ge=1, le=8)]
+    row: str
+    miou: float | None = None
+    miou_multi_scale: float | None = None
+    params_millions: float | None = None
+
+
+class Recipe(Strict):
+    name: str
+    description: str
+    reported: ReportedConfig | None = None
+    model: ModelConfig
+    data: DataConfig
+    augment: AugmentConfig = AugmentConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _one_weight_per_class(self) -> Recipe:
+        weights = self.train.class_weights
+        if weights is not None and len(weights) != self.model.num_classes:
+            raise ValueError(
+                f"train.class_weights has {len(weights)} values for "
+                f"model.num_classes {self.model.num_classes}"
+            )
+        return self
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package, sorted."""
+    folder = resources.files("segdeformer") / "recipes"
+    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """Read a shipped recipe by name, or a TOML file by path.
+
+    Raises `UsageError` when there is no such recipe, the file is no TOML, or a key or value is wrong.
+    """
+    if name_or_path in recipe_names():
+        return parse_recipe(recipe_text(name_or_path), name_or_path)
+    return parse_recipe(_recipe_file(name_or_path), name_or_path)
+
+
+def recipe_text(name: str) -> str:
+    """The TOML of a shipped recipe, comments and all; raises `UsageError` for an unknown name."""
+    if name in recipe_names():
+        return (resources.files("segdeformer") / "recipes" / f"{name}.toml").read_text("utf-8")
+    raise _no_recipe(name)
+
+
+def _recipe_file(name_or_path: str) -> str:
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise _no_recipe(name_or_path)
+    try:
+        return path.read_text("utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"{path}: cannot be read as a TOML text file ({error})") from None
+
+
+def _no_recipe(name: str) -> UsageError:
+    near = difflib.get_close_matches(name, recipe_names(), n=1, cutoff=0.5)
+    hint = f"did you mean `{near[0]}`? " if near else ""
+    return UsageError(
+        f"no recipe `{name}`: neither a shipped recipe nor a TOML file; "
+        f"{hint}`segdeformer recipes` lists them"
+    )
+
+
+def parse_recipe(text: str, origin: str) -> Recipe:
+    """Validate TOML text strictly. `origin` names it in errors."""
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{origin}: not valid TOML: {error}") from None
+    return validate_recipe(values, origin)
+
+
+def validate_recipe(values: dict[str, Any], origin: str) -> Recipe:
+    """Validate a nested dict, as read from TOML or from a checkpoint's metadata."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(f"{origin}: {_explain(error)}") from None
+
+
+def recipe_toml(recipe: Recipe) -> str:
+    """The resolved recipe, every default written out, as TOML that `load_recipe` reads back."""
+    import tomli_w
+
+    return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for the first mistake, with the path of the key and the nearest right one."""
+    first, *others = error.errors(include_url=False)
+    path = ".".join(str(part) for part in first["loc"])
+    match first["type"]:
+        case "extra_forbidden":
+            known = _keys_at(first["loc"][:-1])
+            wrong = str(first["loc"][-1])
+            near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.4)
+            remedy = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}"
+            text = f"unknown key `{path}`; {remedy}"
+        case "missing":
+            text = f"key `{path}` is missing"
+        case _:
+            message = first["msg"].removeprefix("Value error, ")
+            got = "" if first["type"] == "value_error" else f"; got {first['input']!r}"
+            text = f"`{path}`: {message}{got}" if path else f"{message}{got}"
+    return text + (f" (and {len(others)} more)" if others else "")
+
+
+def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
+    """Field names of the table at `loc`, walking optional tables too."""
+    model: type[BaseModel] = Recipe
+    for part in loc:
+        field = model.model_fields.get(str(part))
+        if field is None:
+            return []
+        options = [field.annotation, *typing.get_args(field.annotation)]
+        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(model.model_fields)

@@ -1,0 +1,1 @@
+"""Images with labels: files, data sets, augmentation and the order of training. Only `loader` needs torch."""

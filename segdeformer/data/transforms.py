@@ -1,0 +1,165 @@
+"""From a sample to a training crop, and from an image to an evaluation input.
+
+The training pipeline is mmsegmentation's, in its order: resize, crop, flips and turns, photometric
+distortion, normalise, pad. Every function is pure; whoever calls it owns the random generator.
+
+H W image size (of that moment), 3 RGB.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from segdeformer.config import IGNORE_INDEX, AugmentConfig, DataConfig, EvalConfig
+from segdeformer.data.datasets import Sample
+
+CROP_REDRAWS = 10
+BRIGHTNESS_SHIFT = 32.0
+CONTRAST_GAIN = (0.5, 1.5)
+SATURATION_GAIN = (0.5, 1.5)
+HUE_STEPS, HUES = 18, 180  # OpenCV's 8-bit hue counts in 2 degrees
+
+Size = tuple[int, int]
+
+
+class Crop(NamedTuple):
+    """What the model is trained on; both have the size of the crop."""
+
+    image_3HW: np.ndarray  # float32, normalised; 0 where padded
+    labels_HW: np.ndarray  # uint8; 255 where padded
+
+
+def augment(sample: Sample, config: AugmentConfig, data: DataConfig, rng: np.random.Generator) -> Crop:
+    """One random training crop of the sample; a function of the sample and the generator's state."""
+    sample = random_resize(sample, config, rng)
+    sample = random_crop(sample, config, rng)
+    sample = random_flips(sample, config, rng)
+    image_HW3 = distort_colors(sample.image_HW3, rng) if config.photometric else sample.image_HW3
+    return pad(normalise(image_HW3, data.mean, data.std), sample.labels_HW, config.crop)
+
+
+def random_resize(sample: Sample, config: AugmentConfig, rng: np.random.Generator) -> Sample:
+    """Resize, ratio kept, to `resize_to` (or the own size) times a ratio drawn from `ratio_range`."""
+    height, width = fit_size(sample.labels_HW.shape, config.resize_to, ratio=rng.uniform(*config.ratio_range))
+    return sample._replace(
+        image_HW3=cv2.resize(sample.image_HW3, (width, height), interpolation=cv2.INTER_LINEAR),
+        labels_HW=cv2.resize(sample.labels_HW, (width, height), interpolation=cv2.INTER_NEAREST),
+    )
+
+
+def random_crop(sample: Sample, config: AugmentConfig, rng: np.random.Generator) -> Sample:
+    """Cut out the crop, or as much as there is; redrawn while one class dominates, the last draw stands."""
+    window = _random_window(sample.labels_HW.shape, config.crop, rng)
+    if config.max_class_share < 1:
+        for _ in range(CROP_REDRAWS):
+            if not one_class_dominates(sample.labels_HW[window], config.max_class_share):
+                break
+            window = _random_window(sample.labels_HW.shape, config.crop, rng)
+    return sample._replace(image_HW3=sample.image_HW3[window], labels_HW=sample.labels_HW[window])
+
+
+def _random_window(size_hw: tuple[int, ...], crop_hw: Size, rng: np.random.Generator) -> tuple[slice, slice]:
+    top, left = (
+        int(rng.integers(max(have - want, 0) + 1)) for have, want in zip(size_hw, crop_hw, strict=True)
+    )
+    return slice(top, top + crop_hw[0]), slice(left, left + crop_hw[1])
+
+
+def one_class_dominates(labels_HW: np.ndarray, max_share: float) -> bool:
+    """Whether fewer than two classes are present, or the largest has `max_share` of the valid pixels."""
+    counts = np.bincount(labels_HW.ravel(), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
+    return bool(np.count_nonzero(counts) < 2 or counts.max() >= max_share * counts.sum())
+
+
+def random_flips(sample: Sample, config: AugmentConfig, rng: np.random.Generator) -> Sample:
+    """Mirror left-right and top-bottom with the configured probabilities, then turn by quarters."""
+    image_HW3, labels_HW, _ = sample
+    if rng.random() < config.horizontal_flip:
+        image_HW3, labels_HW = image_HW3[:, ::-1], labels_HW[:, ::-1]
+    if rng.random() < config.vertical_flip:
+        image_HW3, labels_HW = image_HW3[::-1], labels_HW[::-1]
+    if config.quarter_turns:
+        turns = int(rng.integers(4))
+        image_HW3, labels_HW = np.rot90(image_HW3, turns), np.rot90(labels_HW, turns)
+    return sample._replace(
+        image_HW3=np.ascontiguousarray(image_HW3), labels_HW=np.ascontiguousarray(labels_HW)
+    )
+
+
+def distort_colors(image_HW3: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Brightness, contrast, saturation and hue, each with probability 0.5; contrast comes first or last."""
+
+    def heads() -> bool:
+        return rng.random() < 0.5
+
+    if heads():
+        image_HW3 = scale_levels(image_HW3, shift=rng.uniform(-BRIGHTNESS_SHIFT, BRIGHTNESS_SHIFT))
+    contrast_last = heads()
+    if not contrast_last and heads():
+        image_HW3 = scale_levels(image_HW3, gain=rng.uniform(*CONTRAST_GAIN))
+    if heads():
+        image_HW3 = scale_saturation(image_HW3, rng.uniform(*SATURATION_GAIN))
+    if heads():
+        image_HW3 = shift_hue(image_HW3, int(rng.integers(-HUE_STEPS, HUE_STEPS, endpoint=True)))
+    if contrast_last and heads():
+        image_HW3 = scale_levels(image_HW3, gain=rng.uniform(*CONTRAST_GAIN))
+    return image_HW3
+
+
+def scale_levels(levels: np.ndarray, *, gain: float = 1.0, shift: float = 0.0) -> np.ndarray:
+    """gain * level + shift for uint8 levels, clipped to 0...255 and truncated."""
+    table = np.clip(np.arange(256, dtype=np.float32) * gain + shift, 0, 255).astype(np.uint8)
+    scaled: np.ndarray = table[levels]
+    return scaled
+
+
+def scale_saturation(image_HW3: np.ndarray, gain: float) -> np.ndarray:
+    hsv_HW3 = cv2.cvtColor(image_HW3, cv2.COLOR_RGB2HSV)
+    hsv_HW3[:, :, 1] = scale_levels(hsv_HW3[:, :, 1], gain=gain)
+    return cv2.cvtColor(hsv_HW3, cv2.COLOR_HSV2RGB)
+
+
+def shift_hue(image_HW3: np.ndarray, steps: int) -> np.ndarray:
+    """Turn the hue by `steps` of 2 degrees, round the circle."""
+    hsv_HW3 = cv2.cvtColor(image_HW3, cv2.COLOR_RGB2HSV)
+    hsv_HW3[:, :, 0] = (hsv_HW3[:, :, 0].astype(np.int16) + steps) % HUES
+    return cv2.cvtColor(hsv_HW3, cv2.COLOR_HSV2RGB)
+
+
+def normalise(
+    image_HW3: np.ndarray, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> np.ndarray:
+    """(level - mean) / std per RGB channel, float32."""
+    return (image_HW3.astype(np.float32) - np.array(mean, np.float32)) / np.array(std, np.float32)
+
+
+def pad(image_HW3: np.ndarray, labels_HW: np.ndarray, size_hw: Size) -> Crop:
+    """Fill up to the size on the right and below, the normalised image with 0 and the labels with 255."""
+    height, width = labels_HW.shape
+    crop = Crop(np.zeros((3, *size_hw), np.float32), np.full(size_hw, IGNORE_INDEX, np.uint8))
+    crop.image_3HW[:, :height, :width] = image_HW3.transpose(2, 0, 1)
+    crop.labels_HW[:height, :width] = labels_HW
+    return crop
+
+
+def fit_size(size_hw: tuple[int, ...], resize_to: Size | None, *, ratio: float = 1.0) -> Size:
+    """The largest (height, width) of the same shape inside `ratio` times `resize_to`, (long, short) in px.
+
+    None stands for the size itself. Rounds as mmcv does: edges down, the result to nearest.
+    """
+    edges = resize_to or size_hw
+    factor = min(int(max(edges) * ratio) / max(size_hw), int(min(edges) * ratio) / min(size_hw))
+    height, width = (max(1, int(edge * factor + 0.5)) for edge in size_hw)
+    return height, width
+
+
+def resize_for_eval(image_HW3: np.ndarray, config: EvalConfig, *, scale: float = 1.0) -> np.ndarray:
+    """The image at the size that the protocol evaluates, `scale` being one of its scales."""
+    size_hw = fit_size(image_HW3.shape[:2], config.resize_to, ratio=scale)
+    height, width = (-(-edge // config.multiple_of) * config.multiple_of for edge in size_hw)
+    if (height, width) == image_HW3.shape[:2]:
+        return image_HW3
+    return cv2.resize(image_HW3, (width, height), interpolation=cv2.INTER_LINEAR)

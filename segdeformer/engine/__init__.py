@@ -1,0 +1,1 @@
+"""Training, evaluation and prediction. Knows models and data; draws and prints nothing."""

@@ -1,0 +1,188 @@
+"""Checkpoints: one safetensors file with the weights, the resolved recipe and the classes inside.
+
+A run folder holds `last.safetensors`, `best.safetensors`, `recipe.toml`, `metrics.jsonl`, and
+`state-<iteration>.pt` with the optimiser's state that belongs to `last.safetensors`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from segdeformer.config import Recipe, validate_recipe
+from segdeformer.data.classes import ClassTable
+from segdeformer.files import replacing
+from segdeformer.errors import UserError
+from segdeformer.kernels.impl import Impl
+from segdeformer.models.segmenter import Segmenter, build_model
+
+FORMAT = "segdeformer-1"
+METADATA_KEY = "segdeformer"
+LAST, BEST = "last.safetensors", "best.safetensors"
+RUNS = Path("runs")
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint file tells besides the weights."""
+
+    path: Path
+    recipe: Recipe
+    classes: ClassTable
+    iteration: int
+    best_miou: float | None
+
+
+class Loaded(NamedTuple):
+    """A model in eval mode, and where it came from."""
+
+    model: Segmenter
+    checkpoint: Checkpoint
+
+
+def load(path: str | Path, *, device: str | torch.device = "cpu", impl: Impl = "auto") -> Loaded:
+    """Load a model from a checkpoint, or from a run folder (its best, else its last).
+
+    Raises `UserError` when there is none, it is damaged, or its weights do not fit its recipe.
+    """
+    checkpoint = read_checkpoint(find_checkpoint(path))
+    encoder = checkpoint.recipe.model.encoder.model_copy(update={"weights": "none"})
+    config = checkpoint.recipe.model.model_copy(update={"encoder": encoder})
+    model = build_model(config, impl=impl)
+    load_weights(model, checkpoint.path)
+    return Loaded(model.to(device).eval(), checkpoint)
+
+
+def find_checkpoint(path: str | Path | None) -> Path:
+    """The checkpoint that a file, a run folder, or nothing (the newest run under runs/) stands for."""
+    if path is None:
+        path = newest_run()
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"no checkpoint {path}: neither a file nor a run folder")
+    for name in (BEST, LAST):
+        if (path / name).is_file():
+            return path / name
+    raise UserError(f"{path} holds no checkpoint ({BEST} or {LAST}); was it trained to its first save?")
+
+
+def newest_run(runs: Path = RUNS) -> Path:
+    """The run folder saved to last; raises `UserError` when there is none."""
+    saved = sorted(runs.glob(f"*/{LAST}"), key=lambda file: file.stat().st_mtime)
+    if not saved:
+        raise UserError(f"no run in {runs}/ yet; name a checkpoint, or start with `segdeformer train`")
+    return saved[-1].parent
+
+
+def save_checkpoint(
+    path: Path,
+    model: Segmenter,
+    *,
+    recipe: Recipe,
+    classes: ClassTable,
+    iteration: int,
+    best_miou: float | None,
+) -> None:
+    """Write weights, recipe and classes as one file, whole or not at all."""
+    about = {
+        "format": FORMAT,
+        "recipe": recipe.model_dump(mode="json", exclude_none=True),
+        "classes": {"names": classes.names, "colors": classes.colors},
+        "iteration": iteration,
+        "best_miou": best_miou,
+    }
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    with replacing(path) as aside:
+        try:
+            # One key: safetensors writes several in random order, and equal runs should make equal files.
+            save_file(weights, aside, {METADATA_KEY: json.dumps(about)})
+        except SafetensorError as error:  # a full disk arrives as this
+            raise OSError(None, str(error)) from None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint's metadata; the weights stay on disk."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({error}); it may be truncated or of another kind"
+        ) from None
+    about = json.loads(metadata.get(METADATA_KEY, "{}"))
+    if about.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is a safetensors file, but no checkpoint of segdeformer ({FORMAT}); "
+            "for encoder weights use `segdeformer train --weights FILE`"
+        )
+    classes = about["classes"]
+    return Checkpoint(
+        path=path,
+        recipe=validate_recipe(about["recipe"], str(path)),
+        classes=ClassTable(tuple(classes["names"]), tuple(tuple(color) for color in classes["colors"])),
+        iteration=about["iteration"],
+        best_miou=about["best_miou"],
+    )
+
+
+def load_weights(model: Segmenter, path: Path) -> None:
+    """Copy a checkpoint's weights into a model of the same recipe; every key must match."""
+    try:
+        with safe_open(path, "pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read as a checkpoint ({error}); it may be truncated") from None
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    wrong = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
+    if missing or unexpected or wrong:
+        raise UserError(
+            f"{path} does not fit its own recipe: {len(missing)} keys missing {missing[:3]}, "
+            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(wrong)} of another shape {sorted(wrong)[:3]}"
+        )
+    model.load_state_dict(weights)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_state(run: Path, optimizer: torch.optim.Optimizer, iteration: int) -> None:
+    """Write the optimiser's state for this iteration; `drop_old_states` removes the older ones."""
+    with replacing(state_path(run, iteration)) as aside:
+        try:
+            torch.save({"iteration": iteration, "optimizer": optimizer.state_dict()}, aside)
+        except RuntimeError as error:  # a full disk arrives as this
+            raise OSError(None, str(error).splitlines()[0]) from None
+
+
+def load_state(run: Path, optimizer: torch.optim.Optimizer, iteration: int) -> None:
+    """Give the optimiser the state that belongs to `last.safetensors`."""
+    path = state_path(run, iteration)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+    except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read ({reason}); this run cannot be resumed") from None
+
+
+def drop_old_states(run: Path, iteration: int) -> None:
+    """Remove the states of other iterations, once `last.safetensors` points to this one."""
+    for path in run.glob("state-*.pt"):
+        if path != state_path(run, iteration):
+            path.unlink(missing_ok=True)
+
+
+def state_path(run: Path, iteration: int) -> Path:
+    """Where the optimiser's state of an iteration lies."""
+    return run / f"state-{iteration:07d}.pt"

@@ -1,0 +1,318 @@
+"""The training loop, as a stream of events that a command line shows.
+
+Every iteration reseeds PyTorch from (seed, iteration) and takes the batch of (seed, iteration), so
+a resumed run needs no replay and no stored generator.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from segdeformer.config import Recipe, recipe_toml
+from segdeformer.data.datasets import Dataset
+from segdeformer.data.loader import Batch, training_batches
+from segdeformer.engine.checkpoint import (
+    BEST,
+    LAST,
+    drop_old_states,
+    load_state,
+    load_weights,
+    read_checkpoint,
+    save_checkpoint,
+    save_state,
+)
+from segdeformer.engine.evaluate import Report, Tally, evaluate_images, report_values
+from segdeformer.engine.losses import Losses, training_losses
+from segdeformer.engine.optimizer import (
+    ParameterGroup,
+    build_optimizer,
+    parameter_groups,
+    set_learning_rate,
+)
+from segdeformer.engine.runlog import RunLog
+from segdeformer.errors import UserError
+from segdeformer.files import write_text
+from segdeformer.kernels.impl import Impl
+from segdeformer.models.segmenter import Segmenter, build_model
+
+LOG_EVERY = 10
+
+
+class Step(NamedTuple):
+    """One optimiser step is done. The losses stay on the device until somebody reads them."""
+
+    iteration: int  # steps done so far
+    losses: Losses
+    learning_rate: float  # the encoder's
+    images_per_second: float
+
+
+class Validating(NamedTuple):
+    """One more validation image is done."""
+
+    num_done: int
+    num_images: int
+
+
+class Validated(NamedTuple):
+    iteration: int
+    report: Report
+    is_best: bool
+
+
+class Stopped(NamedTuple):
+    """`should_stop` said so; everything up to `iteration` is saved."""
+
+    iteration: int
+
+
+Event = Step | Validating | Validated | Stopped
+
+
+@dataclass
+class Run:
+    """A model in training and everything that goes with it."""
+
+    recipe: Recipe
+    folder: Path
+    train_data: Dataset
+    val_data: Dataset
+    model: Segmenter
+    groups: list[ParameterGroup]
+    optimizer: torch.optim.AdamW
+    device: torch.device
+    iteration: int = 0
+    best_miou: float | None = None
+
+
+def start_run(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    train_data: Dataset,
+    val_data: Dataset,
+    device: torch.device,
+    impl: Impl = "auto",
+) -> Run:
+    """Build the model and make the run folder with its resolved recipe.
+
+    Raises `UserError` when the folder already holds a run, the data is empty, or the recipe's number
+    of classes is not the data's.
+    """
+    if (folder / LAST).exists():
+        raise UserError(f"{folder} holds a run already; go on with --resume, or choose another --out")
+    _check_data(recipe, train_data)
+    _check_data(recipe, val_data)
+    torch.manual_seed(recipe.train.seed)
+    run = _assemble(recipe, folder, train_data, val_data, device, build_model(recipe.model, impl=impl))
+    write_text(folder / "recipe.toml", recipe_toml(recipe))
+    return run
+
+
+def resume_run(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    train_data: Dataset,
+    val_data: Dataset,
+    device: torch.device,
+    impl: Impl = "auto",
+) -> Run:
+    """Go on from the run's last checkpoint; the next batch is the one that would have come."""
+    checkpoint = read_checkpoint(folder / LAST)
+    _check_data(recipe, train_data)
+    _check_data(recipe, val_data)
+    encoder = recipe.model.encoder.model_copy(update={"weights": "none"})
+    model = build_model(recipe.model.model_copy(update={"encoder": encoder}), impl=impl)
+    load_weights(model, checkpoint.path)
+    run = _assemble(recipe, folder, train_data, val_data, device, model)
+    load_state(folder, run.optimizer, checkpoint.iteration)
+    run.iteration = checkpoint.iteration
+    run.best_miou = checkpoint.best_miou
+    return run
+
+
+def _check_data(recipe: Recipe, dataset: Dataset) -> None:
+    if len(dataset) == 0:
+        raise UserError(f"{dataset.name}: the {dataset.split} split has no images")
+    num_classes = len(dataset.classes.names)
+    if num_classes != recipe.model.num_classes:
+        raise UserError(
+            f"recipe {recipe.name} has model.num_classes = {recipe.model.num_classes}, "
+            f"{dataset.name} has {num_classes} classes; set it to {num_classes}"
+        )
+
+
+def _assemble(
+    recipe: Recipe,
+    folder: Path,
+    train_data: Dataset,
+    val_data: Dataset,
+    device: torch.device,
+    model: Segmenter,
+) -> Run:
+    model.to(device)
+    groups = parameter_groups(model, recipe.train)
+    optimizer = build_optimizer(groups, recipe.train)
+    return Run(recipe, folder, train_data, val_data, model, groups, optimizer, device)
+
+
+def train(
+    run: Run, *, workers: int = 0, should_stop: Callable[[], bool] = lambda: False
+) -> Iterator[Event]:
+    """Train from `run.iteration` to the end, validating and saving at the recipe's intervals.
+
+    The last iteration is always validated and saved. `should_stop` is asked between steps and between
+    validation images; then the run is saved and the stream ends with `Stopped`.
+    Raises `UserError` when the loss is no longer finite.
+    """
+    config = run.recipe.train
+    weights_K = None
+    if config.class_weights is not None:
+        weights_K = torch.tensor(config.class_weights, device=run.device)
+    batches = training_batches(
+        run.train_data, run.recipe, start=run.iteration, stop=config.iterations, workers=workers
+    )
+    with RunLog(run.folder, since=run.iteration) as log, closing(batches):
+        began = time.perf_counter()
+        for batch in batches:
+            losses = _step(run, batch, weights_K)
+            elapsed, began = time.perf_counter() - began, time.perf_counter()
+            step = Step(
+                iteration=run.iteration,
+                losses=losses,
+                learning_rate=run.optimizer.param_groups[0]["lr"],
+                images_per_second=config.batch_size / elapsed,
+            )
+            if run.iteration % LOG_EVERY == 0 or run.iteration in (1, config.iterations):
+                _check_finite(run, batch, losses)
+                log.write(_step_values(step))
+            yield step
+            done = run.iteration == config.iterations
+            if done or run.iteration % config.validate_every == 0:
+                report = yield from _validate(run, should_stop)
+                if report is not None:
+                    yield _keep_best(run, report, log)
+            stopped = should_stop()
+            if done or stopped or run.iteration % config.checkpoint_every == 0:
+                save_run(run)
+            if stopped:
+                yield Stopped(run.iteration)
+                return
+            began = time.perf_counter()
+
+
+def _step(run: Run, batch: Batch, class_weights_K: torch.Tensor | None) -> Losses:
+    torch.manual_seed(_step_seed(run.recipe.train.seed, run.iteration))
+    run.model.train()
+    set_learning_rate(run.optimizer, run.iteration, run.recipe.train)
+    output = run.model(batch.images_B3HW.to(run.device, non_blocking=True))
+    labels_BHW = batch.labels_BHW.to(run.device, non_blocking=True)
+    losses = training_losses(output, labels_BHW, run.recipe.train, class_weights_K)
+    run.optimizer.zero_grad(set_to_none=True)
+    losses.total.backward()
+    run.optimizer.step()
+    run.iteration += 1
+    return Losses(*(part.detach() if part is not None else None for part in losses))
+
+
+def _step_seed(seed: int, iteration: int) -> int:
+    """PyTorch's seed of one iteration: dropout and drop path depend on nothing else."""
+    return int(np.random.SeedSequence([seed, iteration]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _check_finite(run: Run, batch: Batch, losses: Losses) -> None:
+    total = losses.total.item()
+    if not math.isfinite(total):
+        raise UserError(
+            f"the loss is {total} at iteration {run.iteration} (batch of {', '.join(batch.names[:4])}, ...); "
+            f"lower train.learning_rate, and go on from the last checkpoint with --resume --out {run.folder}"
+        )
+
+
+def _validate(
+    run: Run, should_stop: Callable[[], bool]
+) -> Generator[Validating, None, Report | None]:
+    """Yields progress; returns the report, or None when it was stopped."""
+    tally = Tally(run.val_data.classes)
+    results = evaluate_images(
+        run.model,
+        run.val_data,
+        tally,
+        protocol=run.recipe.evaluate,
+        data=run.recipe.data,
+        device=run.device,
+    )
+    with closing(results):
+        for _ in results:
+            yield Validating(tally.num_images, len(run.val_data))
+            if should_stop():
+                return None
+    return tally.report()
+
+
+def _keep_best(run: Run, report: Report, log: RunLog) -> Validated:
+    values = report_values(report)
+    miou = 0.0 if math.isnan(report.scores.miou) else report.scores.miou
+    is_best = run.best_miou is None or miou > run.best_miou
+    if is_best:
+        run.best_miou = miou
+        _save(run, BEST)
+    kept = ("miou", "macc", "aacc", "loss", "images")
+    log.write(
+        {
+            "kind": "validation",
+            "iteration": run.iteration,
+            **{key: values[key] for key in kept},
+            "iou": {c["name"]: c["iou"] for c in values["classes"]},
+            "best": is_best,
+        }
+    )
+    return Validated(run.iteration, report, is_best)
+
+
+def save_run(run: Run) -> None:
+    """Save model and optimiser so that `--resume` goes on from here.
+
+    `last.safetensors` names the iteration whose state belongs to it, and is renamed into place after
+    that state: a kill at any moment leaves a pair that fits.
+    """
+    save_state(run.folder, run.optimizer, run.iteration)
+    _save(run, LAST)
+    drop_old_states(run.folder, run.iteration)
+
+
+def _save(run: Run, name: str) -> None:
+    save_checkpoint(
+        run.folder / name,
+        run.model,
+        recipe=run.recipe,
+        classes=run.train_data.classes,
+        iteration=run.iteration,
+        best_miou=run.best_miou,
+    )
+
+
+def _step_values(step: Step) -> dict[str, object]:
+    losses = step.losses
+    parts = {"loss": losses.total, "loss_seg": losses.segmentation}
+    if losses.attention is not None:
+        parts["loss_attn"] = losses.attention
+    if losses.auxiliary is not None:
+        parts["loss_aux"] = losses.auxiliary
+    return {
+        "kind": "train",
+        "iteration": step.iteration,
+        **{name: part.item() for name, part in parts.items()},
+        "lr": step.learning_rate,
+        "images_per_s": round(step.images_per_second, 2),
+    }

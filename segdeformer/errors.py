@@ -1,0 +1,20 @@
+"""The one exception that a command line turns into one line and an exit code."""
+
+
+class UserError(ValueError):
+    """Something the user can mend: the message says what came, what was expected, what to do.
+
+    Commands print the message as one line and exit with `exit_code`
+    (1: the work failed, 2: the command or recipe was written wrongly).
+    """
+
+    def __init__(self, message: str, *, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class UsageError(UserError):
+    """The command line or the recipe is wrong; nothing was started."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, exit_code=2)

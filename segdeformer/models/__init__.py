@@ -1,0 +1,1 @@
+"""Encoders, fusions, the SegDeformer decoder, and their weights."""

@@ -1,0 +1,157 @@
+"""Encoder and decoder put together: images in, low-resolution class logits out.
+
+B batch, HW image, hw the first encoder map (1/4 or 1/16), K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from segdeformer.config import HeadConfig, ModelConfig
+from segdeformer.kernels.impl import Impl, resolve_impl
+from segdeformer.models.context import Context, ExternalForm, build_context
+from segdeformer.models.encoders import Encoder, build_encoder
+from segdeformer.models.fusion import MLPFusion, build_fusion
+from segdeformer.models.layers import ConvBNReLU, Tokens, initialise_decoder
+from segdeformer.models.weights import WeightsReport, load_encoder_weights
+
+
+class SegOutput(NamedTuple):
+    logits_BKhw: Tensor
+    class_logits_BKhw: Tensor | None  # float32, Attn_mid as a map, for L_attn (Eq. 8)
+    auxiliary_logits_BKhw: Tensor | None  # training only
+
+
+class Head(nn.Module):
+    """Dropout of whole channels, then a 1x1 convolution with bias (Eq. 4)."""
+
+    def __init__(self, width: int, num_classes: int, *, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout2d(dropout)
+        self.classify = nn.Conv2d(width, num_classes, 1)
+        nn.init.trunc_normal_(self.classify.weight, std=0.02)
+        nn.init.zeros_(self.classify.bias)
+
+    def forward(self, map_BChw: Tensor) -> Tensor:
+        return self.classify(self.dropout(map_BChw))
+
+
+class AuxiliaryHead(nn.Module):
+    """FCN head on one encoder map: 3x3 convolution + BatchNorm + ReLU, then a `Head`; training only."""
+
+    def __init__(
+        self, in_channels: int, num_classes: int, *, stage: int, width: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.stage = stage
+        self.block = ConvBNReLU(in_channels, width, kernel_size=3)
+        self.head = Head(width, num_classes, dropout=dropout)
+        self.block.apply(initialise_decoder)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        return self.head(self.block(maps[self.stage - 1]))
+
+
+class SegDeformer(nn.Module):
+    """The decoder: fusion, context, head. With `context=None` it is SegFormer's.
+
+    Works on the four maps of any encoder, largest first.
+    """
+
+    def __init__(self, *, fusion: MLPFusion, context: Context | None, head: Head) -> None:
+        super().__init__()
+        self.fusion = fusion
+        self.context = context
+        self.head = head
+
+    def forward(self, maps: Sequence[Tensor]) -> SegOutput:
+        tokens: Tokens = self.fusion(maps)
+        class_map = None
+        if self.context is not None:
+            tokens, class_logits_BNK = self.context(tokens)
+            if class_logits_BNK is not None:
+                class_map = tokens._replace(pixels_BNC=class_logits_BNK).as_map()
+        return SegOutput(self.head(tokens.as_map()), class_map, None)
+
+
+class Segmenter(nn.Module):
+    """Encoder, decoder, and in training an auxiliary head.
+
+    weights_report: what the encoder got from a weights file, and what not.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: Encoder,
+        decoder: SegDeformer,
+        auxiliary: AuxiliaryHead | None = None,
+        weights_report: WeightsReport | None = None,
+    ) -> None:
+        super().__init__()
+        self.weights_report = weights_report
+        self.encoder = encoder
+        self.decoder = decoder
+        self.auxiliary = auxiliary
+
+    def forward(self, images_B3HW: Tensor) -> SegOutput:
+        """Logits of normalised RGB images of any size, at the size of the encoder's first map."""
+        maps = self.encoder(images_B3HW)
+        output = self.decoder(maps)
+        if self.auxiliary is not None and self.training:
+            output = output._replace(auxiliary_logits_BKhw=self.auxiliary(maps))
+        return output
+
+
+def build_decoder(
+    config: ModelConfig,
+    channels: Sequence[int],
+    *,
+    impl: Impl = "auto",
+    external_form: ExternalForm = "low_rank",
+) -> SegDeformer:
+    """The decoder of a recipe for encoder maps of these channels, initialised for training.
+
+    impl: see `segdeformer.kernels.impl`. external_form `plain` runs Eq. 7 as printed instead of in
+    its exact low-rank form. Neither changes results beyond rounding.
+    """
+    context = None
+    if config.context is not None:
+        context = build_context(
+            config.context,
+            width=config.fusion.width,
+            num_classes=config.num_classes,
+            impl=resolve_impl(impl),
+            external_form=external_form,
+        )
+    return SegDeformer(
+        fusion=build_fusion(config.fusion, channels),
+        context=context,
+        head=Head(config.fusion.width, config.num_classes, dropout=config.head.dropout),
+    )
+
+
+def build_model(
+    config: ModelConfig, *, impl: Impl = "auto", external_form: ExternalForm = "low_rank"
+) -> Segmenter:
+    """The whole model of a recipe, its encoder loaded as `config.encoder.weights` says.
+
+    Options as in `build_decoder`. Raises `UserError` when the encoder or its weights cannot be had.
+    """
+    encoder = build_encoder(config.encoder)
+    from_file = config.encoder.weights not in ("none", "timm")
+    report = load_encoder_weights(encoder, config.encoder.weights) if from_file else None
+    decoder = build_decoder(config, encoder.channels, impl=impl, external_form=external_form)
+    auxiliary = None
+    if config.auxiliary is not None:
+        auxiliary = AuxiliaryHead(
+            encoder.channels[config.auxiliary.stage - 1],
+            config.num_classes,
+            stage=config.auxiliary.stage,
+            width=config.auxiliary.width,
+            dropout=config.head.dropout,
+        )
+    return Segmenter(encoder=encoder, decoder=decoder, auxiliary=auxiliary, weights_report=report)

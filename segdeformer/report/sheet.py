@@ -1,0 +1,32 @@
+"""A picture of some validation images: image, truth and prediction side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from segdeformer.data.classes import ClassTable
+from segdeformer.data.images import write_png
+from segdeformer.engine.evaluate import ImageResult
+from segdeformer.engine.metrics import ConfusionMatrix
+from segdeformer.report.pictures import comparison_sheet
+
+NUM_SHOWN = 6
+
+
+def shown_indices(num_images: int) -> list[int]:
+    """Up to six images, evenly spread over the data set, so that nobody chose them."""
+    shown = min(NUM_SHOWN, num_images)
+    return [(2 * i + 1) * num_images // (2 * shown) for i in range(shown)]
+
+
+def write_sheet(
+    path: Path, results: Sequence[ImageResult], classes: ClassTable, *, headline: str
+) -> None:
+    """Draw the results, each with its own mIoU, into a PNG file."""
+    rows = []
+    for sample, ids_HW in results:
+        confusion = ConfusionMatrix(len(classes.names))
+        confusion.add(sample.labels_HW, ids_HW)
+        rows.append((sample.name, sample.image_HW3, sample.labels_HW, ids_HW, confusion.scores().miou))
+    write_png(path, comparison_sheet(rows, classes.names, classes.colors, headline))

@@ -1,0 +1,187 @@
+"""The operations against float64 definitions written out here, with odd sizes."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from segdeformer.kernels.attention import attention, attention_reference
+from segdeformer.kernels.external_attention import external_attention, external_attention_reference
+from segdeformer.kernels.impl import resolve_impl
+from segdeformer.kernels.rows import upsample_rows
+from segdeformer.kernels.upsample_argmax import upsample_argmax, upsample_argmax_reference
+from segdeformer.kernels.upsample_cross_entropy import upsample_cross_entropy
+
+SIZES = [(1, 1, 19, 19), (17, 63, 32, 32), (200, 17, 64, 19), (63, 200, 19, 64), (128, 1, 150, 32)]
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def explicit_attention(q, k, v, scale):
+    """Eq. 5 query by query, in float64."""
+    rows = []
+    for batch in range(q.shape[0]):
+        for query in q[batch].double():
+            scores = (k[batch].double() * query).sum(-1) * scale
+            weights = (scores - scores.max()).exp()
+            rows.append((weights[:, None] * v[batch].double()).sum(0) / weights.sum())
+    return torch.stack(rows).unflatten(0, q.shape[:2])
+
+
+def assert_no_worse(ours, eager, oracle):
+    """At most twice the error of the textbook form in the same dtype, plus rounding."""
+    rounding = torch.finfo(ours.dtype).eps * max(1.0, oracle.abs().max().item())
+    error, allowed = (ours.double() - oracle).abs().max(), (eager.double() - oracle).abs().max()
+    assert error <= 2 * allowed + 16 * rounding, (error, allowed)
+
+
+@pytest.mark.parametrize(("n", "m", "d", "e"), SIZES)
+@pytest.mark.parametrize("impl", ["sdpa", "reference"])
+def test_attention_equals_the_sum_written_out(n, m, d, e, impl):
+    q, k, v = random(2, n, d), random(2, m, d, seed=1), random(2, m, e, seed=2)
+    oracle = explicit_attention(q, k, v, d**-0.5)
+    assert_no_worse(
+        attention(q, k, v, scale=d**-0.5, impl=impl), attention_reference(q, k, v, scale=d**-0.5), oracle
+    )
+
+
+@pytest.mark.parametrize(("n", "m", "d", "e"), SIZES)
+def test_attention_gradients_are_no_worse_than_the_textbook_form(n, m, d, e):
+    upstream = random(2, n, e, seed=3)
+    gradients = {}
+    for name, dtype, function in [
+        ("oracle", torch.float64, attention_reference),
+        ("eager", torch.float32, attention_reference),
+        ("ours", torch.float32, lambda *a, scale: attention(*a, scale=scale, impl="sdpa")),
+    ]:
+        inputs = [random(2, *s, seed=i, dtype=dtype).requires_grad_() for i, s in enumerate([(n, d), (m, d), (m, e)])]
+        (function(*inputs, scale=d**-0.5) * upstream.to(dtype)).sum().backward()
+        gradients[name] = [x.grad for x in inputs]
+    for ours, eager, oracle in zip(gradients["ours"], gradients["eager"], gradients["oracle"], strict=True):
+        assert_no_worse(ours, eager, oracle)
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "reference"])
+def test_equal_scores_give_the_mean_and_large_scores_stay_finite(impl):
+    values = random(1, 7, 5)
+    mean = attention(torch.zeros(1, 3, 4), random(1, 7, 4), values, scale=1.0, impl=impl)
+    torch.testing.assert_close(mean, values.mean(1, keepdim=True).expand(1, 3, 5))
+    big = 60 * torch.eye(7)[None]
+    picked = attention(big, torch.eye(7)[None], values, scale=1.0, impl=impl)
+    torch.testing.assert_close(picked, values, atol=1e-5, rtol=0)
+
+
+def test_attention_accepts_strided_inputs_and_keeps_batch_items_apart():
+    q, k, v = (random(64, 3, 30, seed=i)[:, :, ::2].transpose(0, 1) for i in range(3))
+    together = attention(q, k, v, scale=0.3)
+    alone = torch.cat([attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], scale=0.3) for i in range(3)])
+    torch.testing.assert_close(together, alone)
+    torch.testing.assert_close(together.double(), explicit_attention(q, k, v, 0.3), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(1, 2, 4), (1, 3, 5), (1, 3, 4)], "queries are 4 wide, keys 5"),
+        ([(1, 2, 4), (1, 3, 4), (1, 2, 4)], "3 keys and 2 values"),
+        ([(1, 2, 4), (2, 3, 4), (1, 3, 4)], "batches 1, 2, 1"),
+        ([(2, 4), (1, 3, 4), (1, 3, 4)], r"expected \(B,N,D\)"),
+        ([(1, 2, 4), (1, 0, 4), (1, 0, 4)], "no keys"),
+    ],
+)
+def test_attention_says_which_shapes_disagree(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*(torch.zeros(s) for s in shapes), scale=1.0)
+
+
+@pytest.mark.parametrize("num_classes", [2, 19, 150])
+@pytest.mark.parametrize("num_pixels", [1, 63, 200])
+def test_external_attention_is_two_softmaxes_around_p(num_pixels, num_classes):
+    scores, middle = random(2, num_pixels, num_classes), random(2, num_pixels, num_classes, seed=1)
+    p = middle.double().softmax(-1)
+    oracle = ((scores.double() @ p.transpose(1, 2)) * 0.2).softmax(-1) @ p
+    eager = external_attention_reference(scores, middle, scale=0.2)
+    assert_no_worse(eager, eager, oracle)
+    ours = external_attention(scores, middle, scale=0.2, impl="sdpa")
+    assert_no_worse(ours, eager, oracle)
+    torch.testing.assert_close(ours.sum(-1), torch.ones(2, num_pixels), atol=1e-5, rtol=0)  # convex
+
+
+def test_references_pass_gradcheck():
+    q, k, v = (random(1, n, d, seed=n, dtype=torch.float64).requires_grad_() for n, d in [(3, 4), (5, 4), (5, 2)])
+    assert torch.autograd.gradcheck(lambda *a: attention_reference(*a, scale=0.5), (q, k, v))
+    a, b = (random(1, 4, 3, seed=s, dtype=torch.float64).requires_grad_() for s in (7, 8))
+    assert torch.autograd.gradcheck(lambda *x: external_attention_reference(*x, scale=0.5), (a, b))
+
+
+def test_impl_is_resolved_by_name_only():
+    assert [resolve_impl(n) for n in ("auto", "sdpa", "reference")] == ["sdpa", "sdpa", "reference"]
+    with pytest.raises(ValueError, match="`triton` is not in this version"):
+        resolve_impl("triton")
+    with pytest.raises(ValueError, match="impl is `cuda`; expected one of auto"):
+        resolve_impl("cuda")
+
+
+@pytest.mark.parametrize("average", ["valid", "all"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("size", "full"), [((8, 8), (32, 32)), ((5, 7), (17, 29)), ((6, 4), (3, 2)), ((1, 1), (9, 5))])
+def test_upsampled_loss_equals_the_mean_written_out(average, weighted, size, full):
+    logits = random(2, 19, *size).requires_grad_()
+    labels = torch.randint(0, 19, (2, *full), generator=torch.Generator().manual_seed(4))
+    labels[torch.rand(labels.shape, generator=torch.Generator().manual_seed(5)) < 0.3] = 255
+    weights = torch.linspace(0.5, 2.0, 19) if weighted else None
+    loss = upsample_cross_entropy(logits, labels, class_weights_K=weights, average=average)
+    loss.backward()
+
+    exact = logits.detach().double().requires_grad_()
+    log_p = F.interpolate(exact, full, mode="bilinear", align_corners=False).log_softmax(1)
+    valid = labels != 255
+    picked = log_p.gather(1, labels.where(valid, 0)[:, None])[:, 0]
+    factor = valid.double() * (weights.double()[labels.where(valid, 0)] if weighted else 1.0)
+    divisor = factor.sum() if average == "valid" else labels.numel()
+    expected = -(picked * factor).sum() / divisor
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(logits.grad.double(), exact.grad, atol=1e-7, rtol=1e-4)
+
+
+def test_label_smoothing_mixes_in_the_mean_over_classes():
+    logits, labels = random(1, 4, 3, 3), torch.randint(0, 4, (1, 3, 3))
+    log_p = logits.double().log_softmax(1)
+    hit = log_p.gather(1, labels[:, None])[:, 0]
+    expected = -(0.9 * hit + 0.1 * log_p.mean(1)).mean()
+    assert upsample_cross_entropy(logits, labels, label_smoothing=0.1).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("average", ["valid", "all"])
+@pytest.mark.parametrize("weights", [None, torch.ones(3)])
+def test_all_pixels_ignored_is_zero_loss_and_zero_gradient(average, weights):
+    logits = random(1, 3, 2, 2).requires_grad_()
+    loss = upsample_cross_entropy(logits, torch.full((1, 8, 8), 255), class_weights_K=weights, average=average)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize(("size", "full"), [((8, 8), (32, 32)), ((5, 7), (171, 29)), ((128, 171), (512, 683)), ((6, 4), (3, 2)), ((1, 1), (5, 5))])
+def test_strips_of_rows_equal_the_whole_resize(size, full):
+    values = random(1, 3, *size)
+    whole = F.interpolate(values.double(), full, mode="bilinear", align_corners=False)
+    strips = [upsample_rows(values, full, top, min(top + 7, full[0])) for top in range(0, full[0], 7)]
+    eager = F.interpolate(values, full, mode="bilinear", align_corners=False)
+    assert_no_worse(torch.cat(strips, 2), eager, whole)  # float32 coordinates cost PyTorch up to 3e-5 too
+
+
+@pytest.mark.parametrize(("classes", "size", "full"), [(2, (8, 8), (32, 32)), (150, (33, 17), (129, 70)), (19, (64, 128), (1024, 2048))])
+def test_upsample_argmax_equals_the_whole_argmax_and_its_softmax(classes, size, full):
+    logits = random(1, classes, *size)
+    ids, confidence = upsample_argmax(logits, full, with_confidence=True)
+    expected = upsample_argmax_reference(logits, full)
+    assert (ids.long() != expected).double().mean() < 1e-5  # ties within rounding
+    probabilities = F.interpolate(logits, full, mode="bilinear", align_corners=False).softmax(1)
+    torch.testing.assert_close(confidence, probabilities.amax(1), atol=1e-5, rtol=0)
+    assert confidence.min() > 1 / classes - 1e-6
+    assert math.isfinite(confidence.sum().item())
