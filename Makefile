@@ -1,0 +1,36 @@
+# Every target makes the virtual environment that it needs, once, under .venv/.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/run
+DEV := $(VENV)/dev
+
+.PHONY: demo test lint gpu clean
+
+demo: $(RUN)/installed  ## train, score and picture a SegDeformer in a few minutes, on a CPU too
+	$(RUN)/bin/segdeformer train landcover-demo
+	$(RUN)/bin/segdeformer eval --json runs/landcover-demo-scores.json
+
+test: $(DEV)/installed  ## the whole test suite
+	$(DEV)/bin/python -m pytest
+
+lint: $(DEV)/installed  ## style and types
+	$(DEV)/bin/ruff check .
+	$(DEV)/bin/ruff format --check .
+	$(DEV)/bin/mypy
+
+gpu:  ## the Triton kernels' checks and timings will run here
+	@echo "no GPU work yet: this version has no Triton kernels; attention runs through PyTorch"
+
+$(RUN)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "segdeformer needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(RUN)
+	$(RUN)/bin/python -m pip install --quiet --editable .
+	touch $@
+
+$(DEV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(DEV)
+	$(DEV)/bin/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -62,10 +62,8 @@ def eval_command(
     shown = shown_indices(len(dataset)) if picture is not None else []
     drawn: list[ImageResult] = []
     tally = Tally(dataset.classes)
-    results = evaluate_images(
-        loaded.model, dataset, tally, protocol=protocol, data=config, device=chosen
-    )
-    ticking = track(results, "images", total=len(dataset), console=console, transient=True)
+    results = evaluate_images(loaded.model, dataset, tally, protocol=protocol, data=config, device=chosen)
+    ticking = track(results, "images", total=len(dataset), console=console, transient=True, disable=not console.is_terminal)
     for index, result in enumerate(ticking):
         if index in shown:
             drawn.append(result)
@@ -73,7 +71,14 @@ def eval_command(
     console.print(scores_table(report))
     console.print(scores_line(report), style="bold")
     if json_file is not None:
-        write_scorecard(json_file, report, protocol=protocol, data=config, checkpoint=loaded.checkpoint)
+        write_scorecard(
+            json_file,
+            report,
+            protocol=protocol,
+            data=config,
+            label_map=dataset.label_map,
+            checkpoint=loaded.checkpoint,
+        )
         console.print(f"scores: {json_file}")
     if picture is not None:
         write_sheet(picture, drawn, report.classes, headline=f"{recipe.name}: {scores_line(report)}")

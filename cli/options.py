@@ -11,6 +11,7 @@ from segdeformer.errors import UsageError
 
 if TYPE_CHECKING:
     from segdeformer.config import EvalConfig
+    from segdeformer.kernels.impl import ResolvedImpl
 
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
 ImplName = Annotated[
@@ -22,16 +23,14 @@ Mode = Annotated[
 Scales = Annotated[
     str | None, typer.Option(help="Scales to average over, such as 0.5,1.0,1.5; default: the recipe's.")
 ]
-Flip = Annotated[
-    bool | None, typer.Option("--flip/--no-flip", help="Average with the mirrored image too.")
-]
+Flip = Annotated[bool | None, typer.Option("--flip/--no-flip", help="Average with the mirrored image too.")]
 CheckpointArgument = Annotated[
     Path | None,
     typer.Argument(help="A checkpoint, or a run folder (its best). Default: the newest run under runs/."),
 ]
 
 
-def check_impl(name: str) -> str:
+def check_impl(name: str) -> ResolvedImpl:
     """The implementation's resolved name; raises `UsageError` for one that cannot run."""
     from segdeformer.kernels.impl import resolve_impl
 

@@ -22,9 +22,7 @@ def predict_command(
     confidence: Annotated[
         bool, typer.Option("--confidence", help="Also write a map of the winner's softmax.")
     ] = False,
-    opacity: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Of the colours over the image.")
-    ] = 0.6,
+    opacity: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of the colours over the image.")] = 0.6,
     mode: Mode = None,
     scales: Scales = None,
     flip: Flip = None,
@@ -54,7 +52,7 @@ def predict_command(
     console.print(f"protocol: {protocol_line(protocol)}", style="dim")
     failed: list[UserError] = []
     written: list[Path] = []
-    for job in track(jobs, "images", console=console, transient=True):
+    for job in track(jobs, "images", console=console, transient=True, disable=not console.is_terminal):
         try:
             written += run_job(
                 job,

@@ -21,9 +21,9 @@ def groups_table(groups: Sequence[ParameterGroup], config: TrainConfig) -> Table
         column.justify = "right"
     for group in groups:
         table.add_row(
-            group.name, f"{group.count:,}", f"{group.learning_rate:.3g}", f"{group.weight_decay:.3g}"
+            group.name, f"{group.num_scalars:,}", f"{group.learning_rate:.3g}", f"{group.weight_decay:.3g}"
         )
-    table.add_row("total", f"{sum(group.count for group in groups):,}", "", "", style="dim")
+    table.add_row("total", f"{sum(group.num_scalars for group in groups):,}", "", "", style="dim")
     return table
 
 
@@ -67,7 +67,7 @@ def protocol_line(protocol: EvalConfig) -> str:
         size = f"ratio kept, inside {long_px} x {short_px} px"
     if protocol.multiple_of > 1:
         size += f", up to a multiple of {protocol.multiple_of}"
-    mode = protocol.mode
+    mode: str = protocol.mode
     if mode == "slide":
         (height, width), (down, right) = protocol.window, protocol.stride
         mode += f" {height} x {width}, stride {down} x {right}"

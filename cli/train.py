@@ -30,7 +30,9 @@ RECIPE_FOR_DATA = {"landcover": "landcover", "synthetic": "synthetic", "folder":
 def train_command(
     recipe: Annotated[
         str | None,
-        typer.Argument(help="A shipped recipe (see `segdeformer recipes`) or a TOML file.", show_default=False),
+        typer.Argument(
+            help="A shipped recipe (see `segdeformer recipes`) or a TOML file.", show_default=False
+        ),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="landcover, NAME:FOLDER or a folder of your own images and labels.")

@@ -22,9 +22,7 @@ def attention(
     return _attention_sdpa(queries_BND, keys_BMD, values_BME, scale=scale)
 
 
-def attention_reference(
-    queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, *, scale: float
-) -> Tensor:
+def attention_reference(queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, *, scale: float) -> Tensor:
     """Eq. 5 as printed; holds the N x M matrix."""
     scores_BNM = (queries_BND @ keys_BMD.transpose(1, 2)) * scale
     return scores_BNM.softmax(dim=-1) @ values_BME

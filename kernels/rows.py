@@ -1,4 +1,4 @@
-"""Bilinear resizing (align_corners=False) of some output rows only. B batch, K channels, hw map, HW output."""
+"""Bilinear resizing (align_corners=False) of some output rows. B batch, K channels, hw map, HW output."""
 
 from __future__ import annotations
 

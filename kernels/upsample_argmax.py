@@ -16,9 +16,7 @@ class ClassMap(NamedTuple):
     confidence_BHW: Tensor | None  # float32, softmax of the winner
 
 
-def upsample_argmax(
-    logits_BKhw: Tensor, size: tuple[int, int], *, with_confidence: bool = False
-) -> ClassMap:
+def upsample_argmax(logits_BKhw: Tensor, size: tuple[int, int], *, with_confidence: bool = False) -> ClassMap:
     """argmax over the classes of the logits resized to `size` = (H, W), ids as uint8.
 
     Bilinear, align_corners=False. Works in strips of output rows, so that the full-resolution

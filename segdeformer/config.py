@@ -99,9 +99,7 @@ class ContextConfig(Strict):
     @model_validator(mode="after")
     def _something_is_mined(self) -> ContextConfig:
         if self.internal is None and self.external is None:
-            raise ValueError(
-                "has neither `internal` nor `external`; add one, or leave `context` out"
-            )
+            raise ValueError("has neither `internal` nor `external`; add one, or leave `context` out")
         return self
 
 
@@ -131,8 +129,7 @@ class ModelConfig(Strict):
         internal = self.context.internal if self.context else None
         if internal and self.fusion.width % internal.heads:
             raise ValueError(
-                f"fusion.width {self.fusion.width} is no multiple of "
-                f"context.internal.heads {internal.heads}"
+                f"fusion.width {self.fusion.width} is no multiple of context.internal.heads {internal.heads}"
             )
         return self
 
@@ -145,7 +142,11 @@ class DataConfig(Strict):
     train_split: str = "train"
     val_split: str = "val"
     mean: Annotated[tuple[float, float, float], Field(strict=False)] = (123.675, 116.28, 103.53)
-    std: Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], Field(strict=False)] = (58.395, 57.12, 57.375)
+    std: Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], Field(strict=False)] = (
+        58.395,
+        57.12,
+        57.375,
+    )
 
 
 # Optional keys default to None: TOML cannot say null, so only then does a resolved recipe read back.

@@ -86,7 +86,10 @@ def test_external_attention_is_equations_6_and_7():
     middle = affine(x.pixels_BNC, module.middle_query) @ affine(classes, module.middle_key).T / math.sqrt(32)
     mixtures = middle.softmax(-1) @ affine(info, module.middle_value)
     expected = softmax_attention(
-        affine(x.pixels_BNC, module.query), affine(mixtures, module.key), affine(mixtures, module.value), 32**-0.5
+        affine(x.pixels_BNC, module.query),
+        affine(mixtures, module.key),
+        affine(mixtures, module.value),
+        32**-0.5,
     )
     y = module(x)
     torch.testing.assert_close(y.middle_BNK, middle, atol=1e-12, rtol=0)
@@ -102,7 +105,9 @@ def test_internal_attention_is_equation_5_per_head_residual_and_stacked(heads, d
     x = tokens(5, 3, 16)
     expected = x.pixels_BNC
     for block in context.internal:
-        q, k, v = (affine(expected, p) for p in (block.attention.query, block.attention.key, block.attention.value))
+        q, k, v = (
+            affine(expected, p) for p in (block.attention.query, block.attention.key, block.attention.value)
+        )
         per_head = [
             softmax_attention(a, b, c, (16 // heads) ** -0.5)
             for a, b, c in zip(*(t.chunk(heads, -1) for t in (q, k, v)), strict=True)
@@ -111,7 +116,10 @@ def test_internal_attention_is_equation_5_per_head_residual_and_stacked(heads, d
         if mlp:
             norm, up, _, down = block.mlp
             centred = expected - expected.mean(-1, keepdim=True)
-            normed = centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+            normed = (
+                centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+                + norm.bias
+            )
             hidden = affine(normed, up)
             gelu = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
             expected = expected + affine(gelu, down)
@@ -133,14 +141,19 @@ def test_released_style_projects_query_key_value_and_output_and_takes_info_token
     x = tokens(5, 3, 16)
     p = x.pixels_BNC
     inner = context.internal[0].attention
-    mixed = softmax_attention(*(released_block(p, m) for m in (inner.query, inner.key, inner.value)), 16**-0.5)
+    mixed = softmax_attention(
+        *(released_block(p, m) for m in (inner.query, inner.key, inner.value)), 16**-0.5
+    )
     expected = p + released_block(mixed, inner.output)
     outer = context.external
     info, classes = outer.tokens.tables()
     middle = affine(p, outer.middle_query) @ affine(classes, outer.middle_key).T / 4
     mixtures = middle.softmax(-1) @ info
     mixed = softmax_attention(
-        released_block(p, outer.query), released_block(mixtures, outer.key), released_block(mixtures, outer.value), 16**-0.5
+        released_block(p, outer.query),
+        released_block(mixtures, outer.key),
+        released_block(mixtures, outer.value),
+        16**-0.5,
     )
     expected = expected + released_block(mixed, outer.output)
     output = context(x)
@@ -162,17 +175,23 @@ def test_reduction_pads_with_zeros_and_shrinks_keys_by_an_r_by_r_convolution(hei
         rows, columns = -(-height // 4), -(-width // 4)
         padded = torch.zeros(2, rows * 4, columns * 4, 8, dtype=torch.float64)
         padded[:, :height, :width] = pixels.view(2, height, width, 8)
-        patches = padded.view(2, rows, 4, columns, 4, 8).permute(0, 1, 3, 5, 2, 4).reshape(2, rows * columns, -1)
+        patches = (
+            padded.view(2, rows, 4, columns, 4, 8).permute(0, 1, 3, 5, 2, 4).reshape(2, rows * columns, -1)
+        )
         return patches @ conv.weight.flatten(1).T + conv.bias
 
     inner, outer, p = context.internal[0].attention, context.external, x.pixels_BNC
     keys = reduced(p, inner.reduce.conv)
-    y_int = softmax_attention(project(p, inner.query), project(keys, inner.key), project(keys, inner.value), 8**-0.5)
+    y_int = softmax_attention(
+        project(p, inner.query), project(keys, inner.key), project(keys, inner.value), 8**-0.5
+    )
     info, classes = outer.tokens.tables()
     middle = affine(p, outer.middle_query) @ affine(classes, outer.middle_key).T / math.sqrt(8)
     prototypes = affine(info, outer.middle_value) if projection == "affine" else info
     keys = reduced(middle.softmax(-1) @ prototypes, outer.reduce.conv)
-    y_ext = softmax_attention(project(p, outer.query), project(keys, outer.key), project(keys, outer.value), 8**-0.5)
+    y_ext = softmax_attention(
+        project(p, outer.query), project(keys, outer.key), project(keys, outer.value), 8**-0.5
+    )
     if projection == "conv_bn_relu":
         y_int, y_ext = released_block(y_int, inner.output), released_block(y_ext, outer.output)
     output = context(x)

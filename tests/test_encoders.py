@@ -22,7 +22,7 @@ PYRAMIDS = [
     ("mobilenetv3_small_100", 64),
     ("resnet18", 64),
     ("regnety_002", 64),
-    ("hrnet_w18_small", 64),
+    ("davit_tiny", 64),
     ("pvt_v2_b0", 64),
     ("twins_svt_small", 64),
     ("edgenext_xx_small", 64),

@@ -84,10 +84,8 @@ def test_strips_equal_the_protocol_done_whole_in_float64(size, protocol, monkeyp
             views.append(whole_logits(model, scaled, protocol, size))
             if protocol.flip:
                 views.append(whole_logits(model, scaled[:, ::-1].copy(), protocol, size).flip(-1))
-    if len(views) == 1:
-        expected = views[0][0]
-    else:
-        expected = torch.stack([v.softmax(1) for v in views]).mean(0)[0].log()
+    mean = torch.stack([v.softmax(1) for v in views]).mean(0)[0]
+    expected = views[0][0] if len(views) == 1 else mean.log()
     torch.testing.assert_close(ours.double(), expected, atol=2e-5, rtol=0)
     confidence = torch.cat([s.confidence() for s in strips], 0)
     torch.testing.assert_close(confidence.double(), expected.softmax(0).amax(0), atol=1e-5, rtol=0)

@@ -57,7 +57,10 @@ def test_attention_gradients_are_no_worse_than_the_textbook_form(n, m, d, e):
         ("eager", torch.float32, attention_reference),
         ("ours", torch.float32, lambda *a, scale: attention(*a, scale=scale, impl="sdpa")),
     ]:
-        inputs = [random(2, *s, seed=i, dtype=dtype).requires_grad_() for i, s in enumerate([(n, d), (m, d), (m, e)])]
+        inputs = [
+            random(2, *s, seed=i, dtype=dtype).requires_grad_()
+            for i, s in enumerate([(n, d), (m, d), (m, e)])
+        ]
         (function(*inputs, scale=d**-0.5) * upstream.to(dtype)).sum().backward()
         gradients[name] = [x.grad for x in inputs]
     for ours, eager, oracle in zip(gradients["ours"], gradients["eager"], gradients["oracle"], strict=True):
@@ -111,7 +114,9 @@ def test_external_attention_is_two_softmaxes_around_p(num_pixels, num_classes):
 
 
 def test_references_pass_gradcheck():
-    q, k, v = (random(1, n, d, seed=n, dtype=torch.float64).requires_grad_() for n, d in [(3, 4), (5, 4), (5, 2)])
+    q, k, v = (
+        random(1, n, d, seed=n, dtype=torch.float64).requires_grad_() for n, d in [(3, 4), (5, 4), (5, 2)]
+    )
     assert torch.autograd.gradcheck(lambda *a: attention_reference(*a, scale=0.5), (q, k, v))
     a, b = (random(1, 4, 3, seed=s, dtype=torch.float64).requires_grad_() for s in (7, 8))
     assert torch.autograd.gradcheck(lambda *x: external_attention_reference(*x, scale=0.5), (a, b))
@@ -127,7 +132,9 @@ def test_impl_is_resolved_by_name_only():
 
 @pytest.mark.parametrize("average", ["valid", "all"])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("size", "full"), [((8, 8), (32, 32)), ((5, 7), (17, 29)), ((6, 4), (3, 2)), ((1, 1), (9, 5))])
+@pytest.mark.parametrize(
+    ("size", "full"), [((8, 8), (32, 32)), ((5, 7), (17, 29)), ((6, 4), (3, 2)), ((1, 1), (9, 5))]
+)
 def test_upsampled_loss_equals_the_mean_written_out(average, weighted, size, full):
     logits = random(2, 19, *size).requires_grad_()
     labels = torch.randint(0, 19, (2, *full), generator=torch.Generator().manual_seed(4))
@@ -153,20 +160,27 @@ def test_label_smoothing_mixes_in_the_mean_over_classes():
     log_p = logits.double().log_softmax(1)
     hit = log_p.gather(1, labels[:, None])[:, 0]
     expected = -(0.9 * hit + 0.1 * log_p.mean(1)).mean()
-    assert upsample_cross_entropy(logits, labels, label_smoothing=0.1).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert upsample_cross_entropy(logits, labels, label_smoothing=0.1).item() == pytest.approx(
+        expected.item(), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("average", ["valid", "all"])
 @pytest.mark.parametrize("weights", [None, torch.ones(3)])
 def test_all_pixels_ignored_is_zero_loss_and_zero_gradient(average, weights):
     logits = random(1, 3, 2, 2).requires_grad_()
-    loss = upsample_cross_entropy(logits, torch.full((1, 8, 8), 255), class_weights_K=weights, average=average)
+    loss = upsample_cross_entropy(
+        logits, torch.full((1, 8, 8), 255), class_weights_K=weights, average=average
+    )
     loss.backward()
     assert loss.item() == 0.0
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
-@pytest.mark.parametrize(("size", "full"), [((8, 8), (32, 32)), ((5, 7), (171, 29)), ((128, 171), (512, 683)), ((6, 4), (3, 2)), ((1, 1), (5, 5))])
+@pytest.mark.parametrize(
+    ("size", "full"),
+    [((8, 8), (32, 32)), ((5, 7), (171, 29)), ((128, 171), (512, 683)), ((6, 4), (3, 2)), ((1, 1), (5, 5))],
+)
 def test_strips_of_rows_equal_the_whole_resize(size, full):
     values = random(1, 3, *size)
     whole = F.interpolate(values.double(), full, mode="bilinear", align_corners=False)
@@ -175,7 +189,10 @@ def test_strips_of_rows_equal_the_whole_resize(size, full):
     assert_no_worse(torch.cat(strips, 2), eager, whole)  # float32 coordinates cost PyTorch up to 3e-5 too
 
 
-@pytest.mark.parametrize(("classes", "size", "full"), [(2, (8, 8), (32, 32)), (150, (33, 17), (129, 70)), (19, (64, 128), (1024, 2048))])
+@pytest.mark.parametrize(
+    ("classes", "size", "full"),
+    [(2, (8, 8), (32, 32)), (150, (33, 17), (129, 70)), (19, (64, 128), (1024, 2048))],
+)
 def test_upsample_argmax_equals_the_whole_argmax_and_its_softmax(classes, size, full):
     logits = random(1, classes, *size)
     ids, confidence = upsample_argmax(logits, full, with_confidence=True)

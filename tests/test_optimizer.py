@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from segdeformer.config import TrainConfig, load_recipe
-from segdeformer.engine.optimizer import build_optimizer, learning_rate_at, parameter_groups, set_learning_rate
+from segdeformer.engine.optimizer import (
+    build_optimizer,
+    learning_rate_at,
+    parameter_groups,
+    set_learning_rate,
+)
 from segdeformer.models.segmenter import build_model
 
 
@@ -38,10 +43,15 @@ def test_the_decoder_has_ten_times_the_rate_and_decays_norms_and_tokens_too(mode
 
 def test_position_tables_of_timm_encoders_are_not_decayed():
     recipe = load_recipe("synthetic")
-    for name, table in [("vit_tiny_patch16_224", "pos_embed"), ("swin_tiny_patch4_window7_224", "relative_position_bias_table")]:
+    for name, table in [
+        ("vit_tiny_patch16_224", "pos_embed"),
+        ("swin_tiny_patch4_window7_224", "relative_position_bias_table"),
+    ]:
         encoder = recipe.model.encoder.model_copy(update={"name": name, "drop_path": 0.0})
         model = build_model(recipe.model.model_copy(update={"encoder": encoder}))
-        undecayed = {id(p) for g in parameter_groups(model, recipe.train) if g.weight_decay == 0 for p in g.parameters}
+        undecayed = {
+            id(p) for g in parameter_groups(model, recipe.train) if g.weight_decay == 0 for p in g.parameters
+        }
         tables = [p for n, p in model.encoder.named_parameters() if n.endswith(table)]
         assert tables
         assert all(id(p) in undecayed for p in tables)

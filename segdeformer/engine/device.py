@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -33,5 +34,15 @@ def peak_memory_mib(device: torch.device) -> float:
     """Peak of the GPU's allocator, or on the CPU of the whole process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    return peak_resident_mib()
+
+
+def peak_resident_mib() -> float:
+    """Peak resident set of this process since it started its program."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage would be wrong here: on Linux a child starts with its parent's peak.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -166,9 +166,7 @@ def _logits(model: nn.Module, image_3HW: Tensor) -> Tensor:
     return model(image_3HW.unsqueeze(0)).logits_BKhw.float()
 
 
-def sliding_windows(
-    size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int]
-) -> list[Window]:
+def sliding_windows(size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int]) -> list[Window]:
     """Windows that cover the image; the last of a row or column shifts inwards, none is cropped.
 
     An image smaller than the window is one window of its own size.

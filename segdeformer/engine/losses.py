@@ -19,6 +19,13 @@ class Losses(NamedTuple):
     attention: Tensor | None  # L_attn
     auxiliary: Tensor | None
 
+    def detached(self) -> Losses:
+        """The same numbers without their graph."""
+        attention, auxiliary = (
+            part.detach() if part is not None else None for part in (self.attention, self.auxiliary)
+        )
+        return Losses(self.total.detach(), self.segmentation.detach(), attention, auxiliary)
+
 
 def training_losses(
     output: SegOutput, labels_BHW: Tensor, config: TrainConfig, class_weights_K: Tensor | None

@@ -22,8 +22,8 @@ class ParameterGroup(NamedTuple):
     parameters: list[nn.Parameter]
 
     @property
-    def count(self) -> int:
-        """Number of scalars."""
+    def num_scalars(self) -> int:
+        """How many numbers are learned."""
         return sum(p.numel() for p in self.parameters)
 
 
@@ -47,9 +47,7 @@ def parameter_groups(model: Segmenter, config: TrainConfig) -> list[ParameterGro
     rate, decay = config.learning_rate, config.weight_decay
     groups = [
         ParameterGroup("encoder", rate, decay, [p for p in encoder if id(p) not in undecayed]),
-        ParameterGroup(
-            "encoder norms, positions", rate, 0.0, [p for p in encoder if id(p) in undecayed]
-        ),
+        ParameterGroup("encoder norms, positions", rate, 0.0, [p for p in encoder if id(p) in undecayed]),
         ParameterGroup(
             "decoder",
             rate * config.decoder_lr_multiplier,

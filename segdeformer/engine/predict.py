@@ -102,7 +102,9 @@ def run_job(
     written = [ids_path(job)]
     write_png(written[0], prediction.ids_HW)
     if draw_overlay:
-        shares_K = np.bincount(prediction.ids_HW.ravel(), minlength=len(classes.names)) / prediction.ids_HW.size
+        shares_K = (
+            np.bincount(prediction.ids_HW.ravel(), minlength=len(classes.names)) / prediction.ids_HW.size
+        )
         picture = overlay(image_HW3, prediction.ids_HW, classes.colors, opacity=opacity)
         shown = [int(k) for k in np.flatnonzero(shares_K)]
         written.append(_beside(job, "overlay"))

@@ -10,19 +10,27 @@ import torch
 
 import segdeformer
 from segdeformer.config import DataConfig, EvalConfig
+from segdeformer.data.datasets import LabelMap
 from segdeformer.engine.checkpoint import Checkpoint, file_sha256
 from segdeformer.engine.evaluate import PROTOCOL_NOTES, Report, report_values
 from segdeformer.files import write_text
 
 
 def write_scorecard(
-    path: Path, report: Report, *, protocol: EvalConfig, data: DataConfig, checkpoint: Checkpoint
+    path: Path,
+    report: Report,
+    *,
+    protocol: EvalConfig,
+    data: DataConfig,
+    label_map: LabelMap,
+    checkpoint: Checkpoint,
 ) -> None:
     """Write scores, protocol, data, the checkpoint's hash and versions to a JSON file."""
     values = {
         "scores": report_values(report),
         "protocol": {**protocol.model_dump(mode="json"), "notes": PROTOCOL_NOTES},
         "data": data.model_dump(mode="json"),
+        "label_map": {str(in_file): class_id for in_file, class_id in sorted(label_map.items())},
         "checkpoint": {
             "file": str(checkpoint.path),
             "sha256": file_sha256(checkpoint.path),

@@ -166,9 +166,7 @@ def _assemble(
     return Run(recipe, folder, train_data, val_data, model, groups, optimizer, device)
 
 
-def train(
-    run: Run, *, workers: int = 0, should_stop: Callable[[], bool] = lambda: False
-) -> Iterator[Event]:
+def train(run: Run, *, workers: int = 0, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
     """Train from `run.iteration` to the end, validating and saving at the recipe's intervals.
 
     The last iteration is always validated and saved. `should_stop` is asked between steps and between
@@ -222,7 +220,7 @@ def _step(run: Run, batch: Batch, class_weights_K: torch.Tensor | None) -> Losse
     losses.total.backward()
     run.optimizer.step()
     run.iteration += 1
-    return Losses(*(part.detach() if part is not None else None for part in losses))
+    return losses.detached()
 
 
 def _step_seed(seed: int, iteration: int) -> int:
@@ -239,9 +237,7 @@ def _check_finite(run: Run, batch: Batch, losses: Losses) -> None:
         )
 
 
-def _validate(
-    run: Run, should_stop: Callable[[], bool]
-) -> Generator[Validating, None, Report | None]:
+def _validate(run: Run, should_stop: Callable[[], bool]) -> Generator[Validating, None, Report | None]:
     """Yields progress; returns the report, or None when it was stopped."""
     tally = Tally(run.val_data.classes)
     results = evaluate_images(

@@ -191,9 +191,7 @@ class ExternalAttention(nn.Module):
 
     def _second_plain(self, tokens: Tokens, mixtures_BNC: Tensor) -> Tensor:
         """Eq. 7 as printed."""
-        sources_BMC = (
-            self.reduce(tokens._replace(pixels_BNC=mixtures_BNC)) if self.reduce else mixtures_BNC
-        )
+        sources_BMC = self.reduce(tokens._replace(pixels_BNC=mixtures_BNC)) if self.reduce else mixtures_BNC
         mixed_BNC = attention(
             self.query(tokens.pixels_BNC),
             self.key(sources_BMC),
@@ -205,11 +203,13 @@ class ExternalAttention(nn.Module):
 
     def _second_low_rank(self, pixels_BNC: Tensor, middle_BNK: Tensor, prototypes_KC: Tensor) -> Tensor:
         """Eq. 7 through K x C keys and values: Z (G Wve) + bve, Z = softmax(Qe (G Wke)^T P^T) P."""
+        assert isinstance(self.key, nn.Linear)
+        assert isinstance(self.value, nn.Linear)
         keys_KC = prototypes_KC @ self.key.weight.T
         values_KC = prototypes_KC @ self.value.weight.T
         scores_BNK = self.query(pixels_BNC) @ keys_KC.T
         mixed_BNK = external_attention(scores_BNK, middle_BNK, scale=self.scale, impl=self.impl)
-        # The key's bias shifts a whole row of scores, so softmax ignores it: its gradient is zero, not absent.
+        # The key's bias shifts whole rows of scores, so softmax ignores it: its gradient is 0, not absent.
         return F.linear(mixed_BNK, values_KC.T, self.value.bias + 0.0 * self.key.bias)
 
 

@@ -25,14 +25,16 @@ class MLPFusion(nn.Module):
         self.width = width
         self.deepest_first = projection == "linear"
         if projection == "linear":
-            self.project = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
+            # A 1x1 convolution is Eq. 1's Linear, without moving the channels.
+            linears = [nn.Conv2d(c, width, 1) for c in channels]
+            self.project = nn.ModuleList(linears)
         else:
             self.project = nn.ModuleList(ConvBNReLU(c, width) for c in channels)
         self.fuse = ConvBNReLU(width * len(channels), width)
         self.apply(initialise_decoder)
         if projection == "linear":
-            for layer in self.project:  # a 1x1 convolution here is Eq. 1's Linear
-                nn.init.trunc_normal_(layer.weight, std=0.02)
+            for linear in linears:
+                nn.init.trunc_normal_(linear.weight, std=0.02)
 
     def forward(self, maps: Sequence[Tensor]) -> Tokens:
         size = maps[0].shape[-2:]

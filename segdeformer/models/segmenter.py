@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from segdeformer.config import HeadConfig, ModelConfig
+from segdeformer.config import ModelConfig
 from segdeformer.kernels.impl import Impl, resolve_impl
 from segdeformer.models.context import Context, ExternalForm, build_context
 from segdeformer.models.encoders import Encoder, build_encoder
@@ -33,6 +33,7 @@ class Head(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
         self.classify = nn.Conv2d(width, num_classes, 1)
         nn.init.trunc_normal_(self.classify.weight, std=0.02)
+        assert self.classify.bias is not None
         nn.init.zeros_(self.classify.bias)
 
     def forward(self, map_BChw: Tensor) -> Tensor:
@@ -42,9 +43,7 @@ class Head(nn.Module):
 class AuxiliaryHead(nn.Module):
     """FCN head on one encoder map: 3x3 convolution + BatchNorm + ReLU, then a `Head`; training only."""
 
-    def __init__(
-        self, in_channels: int, num_classes: int, *, stage: int, width: int, dropout: float
-    ) -> None:
+    def __init__(self, in_channels: int, num_classes: int, *, stage: int, width: int, dropout: float) -> None:
         super().__init__()
         self.stage = stage
         self.block = ConvBNReLU(in_channels, width, kernel_size=3)

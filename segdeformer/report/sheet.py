@@ -20,9 +20,7 @@ def shown_indices(num_images: int) -> list[int]:
     return [(2 * i + 1) * num_images // (2 * shown) for i in range(shown)]
 
 
-def write_sheet(
-    path: Path, results: Sequence[ImageResult], classes: ClassTable, *, headline: str
-) -> None:
+def write_sheet(path: Path, results: Sequence[ImageResult], classes: ClassTable, *, headline: str) -> None:
     """Draw the results, each with its own mIoU, into a PNG file."""
     rows = []
     for sample, ids_HW in results:

@@ -1,1 +1,1 @@
-"""The data set that ships with the program: the Earth in one image, with its land cover. See PROVENANCE.md."""
+"""The data set that ships with the program: the Earth and its land cover. See PROVENANCE.md."""

@@ -54,7 +54,9 @@ def load() -> Landcover:
 
 
 def _decode(data: bytes, mode: int) -> np.ndarray:
-    return cv2.imdecode(np.frombuffer(data, np.uint8), mode)
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), mode)
+    assert pixels is not None  # both files ship with the package
+    return pixels
 
 
 def cut(tile: Tile) -> Landcover:
@@ -112,7 +114,9 @@ def sample_window(rng: np.random.Generator, *, size_px: int, min_land: float = 0
     Uniform over such windows, and a function of the generator's state alone.
     """
     if not 1 <= size_px <= MAX_WINDOW_PX:
-        raise ValueError(f"a landcover window of {size_px} px was asked for; it can be 1 to {MAX_WINDOW_PX} px")
+        raise ValueError(
+            f"a landcover window of {size_px} px was asked for; it can be 1 to {MAX_WINDOW_PX} px"
+        )
     height, width = BLOCK_ROWS * BLOCK_PX, BLOCK_COLUMNS * BLOCK_PX
     while True:
         top = TOP_PX + int(rng.integers(height - size_px + 1))

@@ -1,0 +1,134 @@
+"""Whole-model CPU inference: ours against the textbook decoder with N x N matrices, in one run.
+
+    python benchmarks/decoder_cpu.py [--model b1] [--size 512] [--classes 150] [--repeats 5]
+
+The same weights run in three ways: `ours` (scaled_dot_product_attention, exact low-rank external stage),
+`textbook` (Eqs. 5-7 as printed, every N x N matrix held), and `segformer` (no context, for scale).
+Times alternate in one process, so that drift hits all alike; each peak memory is a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+
+from segdeformer.config import ContextConfig, ExternalConfig, InternalConfig, ModelConfig, load_recipe
+from segdeformer.engine.device import peak_resident_mib
+from segdeformer.models.segmenter import Segmenter, build_model
+
+WAYS = ("ours", "textbook", "segformer")
+
+
+def build(way: str, model: str, num_classes: int) -> Segmenter:
+    """The B-model in one of the three ways, with the same random weights where they share them."""
+    base = load_recipe(f"ade20k-segformer-{model}").model
+    context = ContextConfig(projection="affine", internal=InternalConfig(), external=ExternalConfig())
+    config: ModelConfig = base.model_copy(
+        update={
+            "num_classes": num_classes,
+            "encoder": base.encoder.model_copy(update={"weights": "none"}),
+            "context": None if way == "segformer" else context,
+        }
+    )
+    torch.manual_seed(0)
+    if way == "textbook":
+        return build_model(config, impl="reference", external_form="plain").eval()
+    return build_model(config).eval()
+
+
+def image(size: int) -> torch.Tensor:
+    return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def peak_mib(way: str, arguments: argparse.Namespace) -> tuple[float, float]:
+    """Resident set before the forward pass and its peak after, in MiB; meant for a fresh process."""
+    model, x = build(way, arguments.model, arguments.classes), image(arguments.size)
+    model(image(64))  # libraries allocate their own on first use
+    before = peak_resident_mib()
+    model(x)
+    return before, peak_resident_mib()
+
+
+@torch.inference_mode()
+def times_s(arguments: argparse.Namespace) -> tuple[dict[str, list[float]], float]:
+    """Seconds per forward pass, the ways in alternation, and the largest difference of the logits."""
+    models = {way: build(way, arguments.model, arguments.classes) for way in WAYS}
+    x = image(arguments.size)
+    first = {way: model(x).logits_BKhw for way, model in models.items()}  # warm-up
+    difference = (first["ours"] - first["textbook"]).abs().max() / first["textbook"].abs().max()
+    taken: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(arguments.repeats):
+        for way, model in models.items():
+            began = time.perf_counter()
+            model(x)
+            taken[way].append(time.perf_counter() - began)
+    return taken, difference.item()
+
+
+def commit() -> str:
+    answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return answer.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="b1", choices=["b1", "b2", "b5"])
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--classes", type=int, default=150)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--peak-of", choices=WAYS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak_of:
+        print(json.dumps(peak_mib(arguments.peak_of, arguments)))
+        return
+
+    taken, difference = times_s(arguments)
+    peaks = {}
+    for way in WAYS:
+        command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", way]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[way] = json.loads(answer.stdout.splitlines()[-1])
+    textbook_s, textbook_mib = statistics.median(taken["textbook"]), peaks["textbook"][1]
+    rows = {
+        way: {
+            "median_s": round(statistics.median(taken[way]), 4),
+            "min_s": round(min(taken[way]), 4),
+            "times_faster_than_textbook": round(textbook_s / statistics.median(taken[way]), 2),
+            "peak_mib": round(peaks[way][1]),
+            "peak_above_model_mib": round(peaks[way][1] - peaks[way][0]),
+            "share_of_textbook_peak": round(peaks[way][1] / textbook_mib, 3),
+        }
+        for way in WAYS
+    }
+    result = {
+        "what": f"SegDeformer-{arguments.model.upper()} affine, {arguments.classes} classes, batch 1, "
+        f"{arguments.size}x{arguments.size}, float32, forward to 1/4 logits",
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "largest_relative_difference_of_logits": difference,
+        "rows": rows,
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.json:
+        arguments.json.write_text(text + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
