@@ -63,7 +63,14 @@ def eval_command(
     drawn: list[ImageResult] = []
     tally = Tally(dataset.classes)
     results = evaluate_images(loaded.model, dataset, tally, protocol=protocol, data=config, device=chosen)
-    ticking = track(results, "images", total=len(dataset), console=console, transient=True, disable=not console.is_terminal)
+    ticking = track(
+        results,
+        "images",
+        total=len(dataset),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
     for index, result in enumerate(ticking):
         if index in shown:
             drawn.append(result)

@@ -136,7 +136,9 @@ def test_textbook_and_default_implementation_agree_in_a_whole_model(size):
 def test_auxiliary_head_reads_its_stage_and_only_in_training():
     config = load_recipe("ade20k-segdeformer-swin-s").model
     encoder = EncoderConfig(name="mit_nano")
-    config = config.model_copy(update={"encoder": encoder, "fusion": FusionConfig(width=16), "num_classes": 5})
+    config = config.model_copy(
+        update={"encoder": encoder, "fusion": FusionConfig(width=16), "num_classes": 5}
+    )
     model = build_model(config)
     images = torch.randn(2, 3, 64, 96)
     assert model.train()(images).auxiliary_logits_BKhw.shape == (2, 5, 4, 6)  # stage 3: 1/16

@@ -6,7 +6,9 @@ timm is imported only when one of its models is built.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import logging
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from segdeformer.errors import UsageError, UserError
 from segdeformer.models.mit import MIT_SIZES, MiT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 # timm marks these as of fixed input size, for their training; their code takes any size.
 ANY_SIZE_MODELS = {"MultiScaleVit", "SwiftFormer", "Twins", "VisionTransformerSAM", "Xcit"}
@@ -192,7 +194,8 @@ def _create(config: EncoderConfig, options: dict[str, Any]) -> tuple[Any, set[st
         raise UserError(f"timm has no weights for `{config.name}`; set encoder.weights to `none` or a file")
     while True:
         try:
-            return timm.create_model(config.name, pretrained=pretrained, **options), set(options)
+            with _quiet_hub():
+                return timm.create_model(config.name, pretrained=pretrained, **options), set(options)
         except TypeError as error:
             refused = {option for option in options if f"'{option}'" in str(error)}
             if "unexpected keyword" not in str(error) or not refused:
@@ -203,6 +206,18 @@ def _create(config: EncoderConfig, options: dict[str, Any]) -> tuple[Any, set[st
                 f"the weights of `{config.name}` could not be downloaded ({type(error).__name__}); without a "
                 "network, set encoder.weights to a .safetensors or .pth file in timm's names"
             ) from error
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without the hub client's line for every retry: if all fail, that is one line of ours."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _choose_levels(config: EncoderConfig, reductions: list[int]) -> tuple[int, int, int, int]:

@@ -1,0 +1,347 @@
+"""Checkpoints are whole or absent, and a run that goes on from one is the run that was never stopped."""
+
+import contextlib
+import hashlib
+import itertools
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from segdeformer.config import Recipe, load_recipe
+from segdeformer.data.built_in import SyntheticDataset
+from segdeformer.engine import checkpoint as checkpoint_module
+from segdeformer.engine.checkpoint import (
+    BEST,
+    LAST,
+    file_sha256,
+    find_checkpoint,
+    load,
+    load_state,
+    newest_run,
+    read_checkpoint,
+    save_checkpoint,
+    save_state,
+)
+from segdeformer.engine.runlog import RunLog, read_metrics
+from segdeformer.engine.train import Run, Stopped, Validated, resume_run, save_run, start_run, train
+from segdeformer.errors import UserError
+
+CPU = torch.device("cpu")
+TRAIN_DATA = SyntheticDataset("train", num_images=7, size_hw=(49, 63))
+VAL_DATA = SyntheticDataset("val", num_images=2, size_hw=(33, 41))
+DATA = {"train_data": TRAIN_DATA, "val_data": VAL_DATA, "device": CPU}
+
+
+def tiny_recipe(**changes: object) -> Recipe:
+    """Six iterations of two crops, validated and saved after four and six."""
+    recipe = load_recipe("synthetic")
+    train_config = {"iterations": 6, "batch_size": 2, "validate_every": 4, "checkpoint_every": 4, **changes}
+    return recipe.model_copy(
+        update={
+            "augment": recipe.augment.model_copy(update={"crop": (32, 40)}),
+            "train": recipe.train.model_copy(update=train_config),
+        }
+    )
+
+
+def trained(folder: Path, *, workers: int = 0, **changes: object) -> Path:
+    """A finished run."""
+    for _ in train(start_run(tiny_recipe(**changes), folder, **DATA), workers=workers):
+        pass
+    return folder
+
+
+def resumed(folder: Path) -> Run:
+    return resume_run(read_checkpoint(folder / LAST).recipe, folder, **DATA)
+
+
+def weights_digest(path: Path) -> str:
+    tensors = sorted(load_file(path).items())
+    return hashlib.sha256(b"".join(n.encode() + t.numpy().tobytes() for n, t in tensors)).hexdigest()
+
+
+def message_of(action, *arguments) -> str:
+    """The one line of the `UserError` that the action raises."""
+    with pytest.raises(UserError) as caught:
+        action(*arguments)
+    assert caught.value.exit_code == 1
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@contextlib.contextmanager
+def no_file_above(size_bytes: int):
+    """Writes past this size fail with EFBIG, as those on a full disk do with ENOSPC."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A finished run that the tests only read."""
+    return trained(tmp_path_factory.mktemp("runs") / "whole")
+
+
+# What a checkpoint holds.
+
+
+def test_a_loaded_model_is_the_saved_one_bit_for_bit(tmp_path):
+    run = start_run(tiny_recipe(), tmp_path, **DATA)
+    for _ in train(run):
+        pass
+    loaded = load(tmp_path / LAST)
+    assert not loaded.model.training
+    images = torch.randn(1, 3, 45, 63)
+    with torch.inference_mode():
+        assert torch.equal(loaded.model(images).logits_BKhw, run.model.eval()(images).logits_BKhw)
+    about = loaded.checkpoint
+    assert (about.recipe, about.classes, about.iteration) == (run.recipe, TRAIN_DATA.classes, 6)
+    assert (
+        about.best_miou
+        == run.best_miou
+        == max(entry["miou"] for entry in read_metrics(tmp_path) if entry["kind"] == "validation")
+    )
+
+
+def test_the_best_checkpoint_is_that_of_the_best_validation(whole):
+    validations = [entry for entry in read_metrics(whole) if entry["kind"] == "validation"]
+    assert [entry["iteration"] for entry in validations] == [4, 6]
+    best = max(validations, key=lambda entry: entry["miou"])
+    about = read_checkpoint(whole / BEST)
+    assert (about.iteration, about.best_miou) == (best["iteration"], best["miou"])
+
+
+def test_equal_models_make_equal_files(tmp_path, whole):
+    loaded = load(whole / LAST)
+    about = loaded.checkpoint
+    for name in ("a", "b"):
+        save_checkpoint(
+            tmp_path / name,
+            loaded.model,
+            recipe=about.recipe,
+            classes=about.classes,
+            iteration=about.iteration,
+            best_miou=about.best_miou,
+        )
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == (whole / LAST).read_bytes()
+    assert file_sha256(tmp_path / "a") == hashlib.sha256((whole / LAST).read_bytes()).hexdigest()
+
+
+def test_files_of_a_run_can_be_read_by_others_as_the_umask_allows(whole):
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {path.name: path.stat().st_mode & 0o777 for path in whole.iterdir()} == {
+        path.name: 0o666 & ~umask for path in whole.iterdir()
+    }
+
+
+# Which checkpoint is meant.
+
+
+def test_a_run_folder_stands_for_its_best_then_its_last(tmp_path, whole):
+    assert find_checkpoint(whole) == whole / BEST
+    assert find_checkpoint(whole / LAST) == whole / LAST
+    (tmp_path / LAST).write_bytes(b"")
+    assert find_checkpoint(tmp_path) == tmp_path / LAST
+    (tmp_path / LAST).unlink()
+    assert message_of(find_checkpoint, tmp_path) == (
+        f"{tmp_path} holds no checkpoint (best.safetensors or last.safetensors); "
+        "was it trained to its first save?"
+    )
+    absent = tmp_path / "absent"
+    assert message_of(find_checkpoint, absent) == f"no checkpoint {absent}: neither a file nor a run folder"
+
+
+def test_the_newest_run_is_the_one_saved_to_last(tmp_path):
+    assert message_of(newest_run, tmp_path) == (
+        f"no run in {tmp_path}/ yet; name a checkpoint, or start with `segdeformer train`"
+    )
+    for name, saved_at in (("a", 300), ("b", 100), ("c", 200)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / LAST).touch()
+        os.utime(tmp_path / name / LAST, (saved_at, saved_at))
+    (tmp_path / "d").mkdir()  # not saved yet
+    assert newest_run(tmp_path) == tmp_path / "a"
+
+
+# Files that are no checkpoint.
+
+
+@pytest.mark.parametrize("kept", [0, 5, 1000, 20_000, -1])
+def test_a_truncated_checkpoint_is_one_line(tmp_path, whole, kept):
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes((whole / LAST).read_bytes()[:kept])
+    message = message_of(load, cut)
+    assert message.startswith(f"{cut} cannot be read as a checkpoint (")
+    assert message.endswith("); it may be truncated or of another kind")
+
+
+def test_other_safetensors_files_are_told_apart(tmp_path):
+    path = tmp_path / "encoder.safetensors"
+    save_file({"a": torch.zeros(2)}, path, {"format": "pt"})
+    assert message_of(load, path) == (
+        f"{path} is a safetensors file, but no checkpoint of segdeformer (segdeformer-1); "
+        "for encoder weights use `segdeformer train --weights FILE`"
+    )
+
+
+def test_weights_that_do_not_fit_the_recipe_are_counted_and_named(tmp_path, whole):
+    weights = load_file(whole / LAST)
+    key, other = "decoder.head.classify.bias", "decoder.head.classify.weight"
+    weights["surprise"] = weights.pop(key)
+    weights[other] = weights[other][:3].clone()
+    path = tmp_path / LAST
+    with checkpoint_module.safe_open(whole / LAST, "pt") as file:
+        save_file(weights, path, file.metadata())
+    assert message_of(load, path) == (
+        f"{path} does not fit its own recipe: 1 keys missing ['{key}'], "
+        f"1 unexpected ['surprise'], 1 of other shapes ['{other}']"
+    )
+
+
+# Nothing is half-written.
+
+
+@pytest.mark.parametrize(("limit_kib", "name"), [(1, "state-0000000.pt"), (500, LAST)])
+def test_no_space_leaves_the_previous_pair_and_no_temporary_file(tmp_path, limit_kib, name):
+    run = start_run(tiny_recipe(), tmp_path, **DATA)
+    save_run(run)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    run.model.decoder.head.classify.bias.data.add_(1)
+    with no_file_above(limit_kib * 2**10):
+        message = message_of(save_run, run)
+    assert message.startswith(f"{tmp_path / name}: cannot be written (")
+    assert message.endswith("); free space or choose another place")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert resumed(tmp_path).iteration == 0
+    save_run(run)  # room again
+    assert load(tmp_path / LAST).model.decoder.head.classify.bias.min() > 0.5
+
+
+def test_ctrl_c_while_a_file_is_written_leaves_the_previous_one(tmp_path, monkeypatch, whole):
+    def interrupted(_tensors, path, _metadata):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    loaded = load(whole / LAST)
+    (tmp_path / LAST).write_bytes(b"previous")
+    monkeypatch.setattr(checkpoint_module, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(
+            tmp_path / LAST,
+            loaded.model,
+            recipe=loaded.checkpoint.recipe,
+            classes=loaded.checkpoint.classes,
+            iteration=1,
+            best_miou=None,
+        )
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {LAST: b"previous"}
+
+
+def test_a_kill_between_the_two_files_of_a_save_leaves_a_pair_that_fits(tmp_path):
+    run = start_run(tiny_recipe(), tmp_path, **DATA)
+    for _ in itertools.takewhile(lambda event: not isinstance(event, Validated), train(run)):
+        pass  # killed at the validation of iteration 4
+    save_run(run)
+    run.iteration = 6
+    save_state(tmp_path, run.optimizer, 6)  # ... and here, before last.safetensors
+    again = resumed(tmp_path)
+    assert again.iteration == 4
+    save_run(again)
+    assert sorted(path.name for path in tmp_path.glob("state-*")) == ["state-0000004.pt"]
+
+
+def test_a_full_disk_under_the_diary_is_one_line(tmp_path):
+    with pytest.raises(UserError) as caught, RunLog(tmp_path, since=0) as log:
+        log.file.close()
+        log.file = Path("/dev/full").open("a")
+        log.write({"kind": "train", "iteration": 1})
+    assert str(caught.value) == (
+        f"cannot write {tmp_path}/metrics.jsonl: No space left on device; make room and --resume"
+    )
+
+
+# The optimiser's state.
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [b"", b"garbage, no pickle", b"\x80\x02garbage", b"PK\x03\x04 a zip cut off"],
+    ids=["empty", "text", "pickle", "zip"],
+)
+def test_a_damaged_state_is_one_line_that_names_it(tmp_path, junk):
+    run = start_run(tiny_recipe(), tmp_path, **DATA)
+    path = tmp_path / "state-0000000.pt"
+    path.write_bytes(junk)
+    message = message_of(load_state, tmp_path, run.optimizer, 0)
+    assert message.startswith(f"{path} cannot be read (")
+    assert message.endswith("); this run cannot be resumed")
+
+
+def test_a_missing_state_is_named(tmp_path):
+    run = start_run(tiny_recipe(), tmp_path, **DATA)
+    assert "state-0000003.pt cannot be read (" in message_of(load_state, tmp_path, run.optimizer, 3)
+
+
+def test_a_state_of_another_model_is_refused(tmp_path):
+    run = start_run(tiny_recipe(), tmp_path, **DATA)
+    save_state(tmp_path, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3))]), 0)
+    assert message_of(load_state, tmp_path, run.optimizer, 0).endswith("; this run cannot be resumed")
+
+
+# Same seed, same weights: twice, with workers, and after a stop.
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_second_run_with_the_same_seed_makes_the_same_files(tmp_path, whole, workers):
+    again = trained(tmp_path / "again", workers=workers)
+    for name in (LAST, BEST):
+        assert (again / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_another_seed_makes_other_weights(tmp_path, whole):
+    assert weights_digest(trained(tmp_path / "other", seed=1) / LAST) != weights_digest(whole / LAST)
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 5])
+def test_a_stopped_and_resumed_run_ends_as_the_unbroken_one(tmp_path, whole, stop_after):
+    run = start_run(tiny_recipe(), tmp_path, **DATA)
+    *_, last = train(run, should_stop=lambda: run.iteration == stop_after)
+    assert last == Stopped(stop_after)
+    assert read_checkpoint(tmp_path / LAST).iteration == stop_after
+    again = resumed(tmp_path)
+    assert again.iteration == stop_after
+    for _ in train(again):
+        pass
+    assert (tmp_path / LAST).read_bytes() == (whole / LAST).read_bytes()
+    assert (tmp_path / BEST).read_bytes() == (whole / BEST).read_bytes()
+    diaries = [
+        [{k: v for k, v in entry.items() if k != "images_per_s"} for entry in read_metrics(folder)]
+        for folder in (tmp_path, whole)
+    ]
+    assert diaries[0] == diaries[1]
+
+
+def test_a_run_stopped_in_its_last_validation_is_validated_when_it_goes_on(tmp_path, whole):
+    run = start_run(tiny_recipe(), tmp_path, **DATA)
+    *_, last = train(run, should_stop=lambda: run.iteration == 6)
+    assert last == Stopped(6)
+    events = list(train(resumed(tmp_path)))
+    assert [event.iteration for event in events if isinstance(event, Validated)] == [6]
+    assert (tmp_path / BEST).read_bytes() == (whole / BEST).read_bytes()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
+    run = start_run(tiny_recipe(learning_rate=1e30, warmup_iterations=0), tmp_path, **DATA)
+    with pytest.raises(UserError, match=r"the loss is nan at iteration \d \(batch of train0"):
+        list(train(run))
+    if (tmp_path / LAST).exists():
+        assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / LAST).values())
