@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from segdeformer.errors import UserError
-from segdeformer.report import pictures
+from segdeformer.report import lettering, pictures
+from segdeformer.report.lettering import INK
 from segdeformer.report.pictures import (
     IGNORED_COLOR,
-    INK,
     OUTLINE,
     WHITE,
     Color,
@@ -227,10 +227,10 @@ def test_small_share_is_not_told_as_zero() -> None:
 
 def test_text_is_drawn_in_its_colour_and_measured_as_drawn() -> None:
     canvas = np.full((40, 200, 3), 255, np.uint8)
-    pictures._write(canvas, "Hill", 7, 30, 20)
+    lettering.write(canvas, "Hill", 7, 30, 20)
     used = np.flatnonzero((canvas != 255).any(axis=(0, 2)))
     assert 7 <= used[0] <= 10
-    assert used[-1] - 7 < pictures._text_width("Hill", 20) <= used[-1] - 7 + 2
+    assert used[-1] - 7 < lettering.text_width("Hill", 20) <= used[-1] - 7 + 2
     assert has_color(canvas, INK)
     rows = np.flatnonzero((canvas != 255).any(axis=(1, 2)))
     assert rows[0] >= 10
@@ -238,16 +238,16 @@ def test_text_is_drawn_in_its_colour_and_measured_as_drawn() -> None:
 
 
 def test_shortened_text_fits_and_keeps_its_beginning() -> None:
-    room = pictures._text_width("snow and ice", 16)
-    assert pictures._shortened("snow and ice", 16, room) == "snow and ice"
-    short = pictures._shortened("snow and ice on mountains", 16, room)
+    room = lettering.text_width("snow and ice", 16)
+    assert lettering.shortened("snow and ice", 16, room) == "snow and ice"
+    short = lettering.shortened("snow and ice on mountains", 16, room)
     assert short.endswith("…")
     assert "snow and ice on mountains".startswith(short[:-1])
-    assert pictures._text_width(short, 16) <= room
+    assert lettering.text_width(short, 16) <= room
 
 
 def test_strokes_write_accents_and_dots_in_ascii() -> None:
-    assert pictures._in_ascii("Gewässer … 30°N 水") == "Gewasser ... 30 N ?"
+    assert lettering._in_ascii("Gewässer … 30°N 水") == "Gewasser ... 30 N ?"
 
 
 # Confidence.

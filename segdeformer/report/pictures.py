@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import unicodedata
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
 import cv2
@@ -17,13 +15,18 @@ import numpy as np
 
 from segdeformer.config import IGNORE_INDEX
 from segdeformer.errors import UserError
-
-Color = tuple[int, int, int]
+from segdeformer.report.lettering import (
+    FAINT_INK,
+    WHITE,
+    Color,
+    blank,
+    paragraph,
+    shortened,
+    text_width,
+    write,
+)
 
 IGNORED_COLOR: Color = (48, 48, 48)  # a dark neutral grey: no palette that we ship has it
-WHITE: Color = (255, 255, 255)
-INK: Color = (28, 32, 36)
-FAINT_INK: Color = (104, 111, 118)
 OUTLINE: Color = (196, 200, 204)
 
 MIN_TEXT_PX = 13
@@ -131,16 +134,16 @@ def with_color_bar(picture_HW3: np.ndarray, *, title: str = "confidence") -> np.
     picture_HW3 = _enlarged(picture_HW3, MIN_PICTURE_PX)
     height, width = picture_HW3.shape[:2]
     text_px = max(MIN_TEXT_PX, round(max(height, width) / 64))
-    bar_width = max(_text_width(title, text_px, bold=True), min(width, 28 * text_px))
+    bar_width = max(text_width(title, text_px, bold=True), min(width, 28 * text_px))
     bar_h, line_h = text_px, round(1.7 * text_px)
-    scale_HW3 = _blank(line_h + bar_h + line_h, bar_width)
-    _write(scale_HW3, title, 0, text_px, text_px, bold=True)
+    scale_HW3 = blank(line_h + bar_h + line_h, bar_width)
+    write(scale_HW3, title, 0, text_px, text_px, bold=True)
     level_W = np.linspace(0, 255, bar_width).round().astype(np.uint8)
     scale_HW3[line_h : line_h + bar_h, :bar_width] = _viridis(np.tile(level_W, (bar_h, 1)))
     baseline = line_h + bar_h + round(1.3 * text_px)
     for tick in (0, 0.5, 1):
-        left = round(tick * (bar_width - _text_width(f"{tick:g}", text_px)))
-        _write(scale_HW3, f"{tick:g}", left, baseline, text_px, color=FAINT_INK)
+        left = round(tick * (bar_width - text_width(f"{tick:g}", text_px)))
+        write(scale_HW3, f"{tick:g}", left, baseline, text_px, color=FAINT_INK)
     return _framed(_joined([_outlined(picture_HW3), scale_HW3], axis=BELOW, gap=text_px), text_px)
 
 
@@ -179,12 +182,12 @@ def comparison_sheet(
     blocks = min(range(1, min(3, len(rows)) + 1), key=misfit)
     width = width_of(blocks)
     text_px = max(MIN_TEXT_PX, round(width / 72))
-    parts = [_paragraph(headline, width, round(1.5 * text_px))] if headline else []
+    parts = [paragraph(headline, width, round(1.5 * text_px))] if headline else []
     lines = [_headings(blocks, width, cell_w, gap, text_px)]
     for first in range(0, len(rows), blocks):
         block = slice(first, first + blocks)
         tallest = max(triple[0].shape[0] for triple in triples[block])
-        line_HW3 = _blank(tallest + round(1.9 * text_px), width)
+        line_HW3 = blank(tallest + round(1.9 * text_px), width)
         for i, (row, triple) in enumerate(zip(rows[block], triples[block], strict=True)):
             _draw_block(line_HW3, row, triple, i * (block_w + 4 * gap), cell_w + gap, text_px)
         lines.append(line_HW3)
@@ -214,11 +217,11 @@ def _tiles(row: Comparison, colors: Sequence[Color], tile_px: int) -> list[np.nd
 
 
 def _headings(blocks: int, width: int, cell_w: int, gap: int, text_px: int) -> np.ndarray:
-    line_HW3 = _blank(round(1.3 * text_px), width)
+    line_HW3 = blank(round(1.3 * text_px), width)
     for block in range(blocks):
         for column, heading in enumerate(("image", "truth", "prediction")):
             left = block * (3 * cell_w + 6 * gap) + column * (cell_w + gap)
-            _write(line_HW3, heading, left, text_px, text_px, bold=True)
+            write(line_HW3, heading, left, text_px, text_px, bold=True)
     return line_HW3
 
 
@@ -238,10 +241,10 @@ def _draw_block(
     room = 2 * pitch + width
     if row.score is not None:
         score = f"mIoU {row.score:.2f}"
-        room -= _text_width(score, text_px, bold=True)
-        _write(line_HW3, score, left + room, baseline, text_px, bold=True)
+        room -= text_width(score, text_px, bold=True)
+        write(line_HW3, score, left + room, baseline, text_px, bold=True)
         room -= text_px
-    _write(line_HW3, _shortened(row.title, text_px, room), left, baseline, text_px, color=FAINT_INK)
+    write(line_HW3, shortened(row.title, text_px, room), left, baseline, text_px, color=FAINT_INK)
 
 
 def _entries_of(rows: Sequence[Comparison], names: Sequence[str], colors: Sequence[Color]) -> list[_Entry]:
@@ -273,8 +276,8 @@ class _LegendGrid(NamedTuple):
 
 
 def _legend_grid(entries: Sequence[_Entry], text_px: int, columns: int) -> _LegendGrid:
-    name_w = max(_text_width(_short_name(e.name, text_px), text_px) for e in entries)
-    share_w = max(_text_width(e.share, text_px) for e in entries)
+    name_w = max(text_width(_short_name(e.name, text_px), text_px) for e in entries)
+    share_w = max(text_width(e.share, text_px) for e in entries)
     return _LegendGrid(
         rows=math.ceil(len(entries) / columns),
         row_h=round(1.65 * text_px),
@@ -297,7 +300,7 @@ def _legend(entries: Sequence[_Entry], text_px: int, columns: int, width: int | 
     gap, gaps = grid.column_gap, math.ceil(len(entries) / grid.rows) - 1
     if width is not None and gaps:
         gap = min(gap + (width - least_width) // gaps, WIDEST_GAP_EM * text_px)
-    legend_HW3 = _blank(height, least_width + gaps * (gap - grid.column_gap))
+    legend_HW3 = blank(height, least_width + gaps * (gap - grid.column_gap))
     for index, entry in enumerate(entries):
         column, row = divmod(index, grid.rows)
         left = column * (grid.column_w + gap)
@@ -307,9 +310,9 @@ def _legend(entries: Sequence[_Entry], text_px: int, columns: int, width: int | 
         legend_HW3[top + line : top + text_px - line, left + line : left + text_px - line] = entry.color
         baseline = top + round(0.86 * text_px)
         name = _short_name(entry.name, text_px)
-        _write(legend_HW3, name, left + round(1.6 * text_px), baseline, text_px)
-        right = left + grid.column_w - _text_width(entry.share, text_px)
-        _write(legend_HW3, entry.share, right, baseline, text_px, color=FAINT_INK)
+        write(legend_HW3, name, left + round(1.6 * text_px), baseline, text_px)
+        right = left + grid.column_w - text_width(entry.share, text_px)
+        write(legend_HW3, entry.share, right, baseline, text_px, color=FAINT_INK)
     return legend_HW3
 
 
@@ -318,93 +321,7 @@ def _percent(share: float) -> str:
 
 
 def _short_name(name: str, text_px: int) -> str:
-    return _shortened(name, text_px, LONGEST_NAME_EM * text_px)
-
-
-# Text. OpenCV 5 has a TrueType font, OpenCV 4 strokes; drawn larger and reduced, both look smooth.
-
-
-@cache
-def _font() -> cv2.FontFace | None:
-    return cv2.FontFace("sans") if hasattr(cv2, "FontFace") else None
-
-
-@cache
-def _glyphs(text: str, size_px: int, bold: bool) -> np.ndarray:
-    """Coverage in [0, 1] of a line of text, float32; the baseline is `size_px` below the top."""
-    if not text:
-        return np.zeros((1, 0), np.float32)
-    finer, font = 3, _font()
-    size, weight = finer * size_px, 600 if bold else 400
-    height = finer * math.ceil(1.4 * size_px)
-    if font is not None:
-        _, _, width, _ = cv2.getTextSize((0, 0), text, (0, 0), font, size, weight)
-        mask_HW = np.zeros((height, finer * math.ceil(width / finer + 0.2 * size_px)), np.uint8)
-        cv2.putText(mask_HW, text, (0, size), (255,), font, size, weight)
-    else:
-        text = _in_ascii(text)
-        scale, thickness = 0.72 * size / 21, max(1, round(size * (0.13 if bold else 0.085)))
-        (width, _), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, thickness)
-        mask_HW = np.zeros((height, finer * math.ceil(width / finer + 0.2 * size_px)), np.uint8)
-        cv2.putText(mask_HW, text, (0, size), cv2.FONT_HERSHEY_SIMPLEX, scale, (255,), thickness, cv2.LINE_AA)
-    fine = cv2.resize(mask_HW, None, fx=1 / finer, fy=1 / finer, interpolation=cv2.INTER_AREA)
-    used = np.flatnonzero(fine.any(axis=0))
-    return fine[:, : used[-1] + 1 if used.size else 0].astype(np.float32) / 255
-
-
-def _in_ascii(text: str) -> str:
-    """As near as strokes can write it: accents dropped, other letters as question marks."""
-    parts = unicodedata.normalize("NFKD", text.replace("°", " "))  # NFKD also makes an ellipsis three dots
-    return "".join(c for c in parts if not unicodedata.combining(c)).encode("ascii", "replace").decode()
-
-
-def _text_width(text: str, size_px: int, *, bold: bool = False) -> int:
-    return int(_glyphs(text, size_px, bold).shape[1])
-
-
-def _write(
-    canvas_HW3: np.ndarray,
-    text: str,
-    left: int,
-    baseline: int,
-    size_px: int,
-    *,
-    color: Color = INK,
-    bold: bool = False,
-) -> None:
-    """Draw a line of text onto the canvas. What would leave the canvas is a mistake of ours."""
-    coverage = _glyphs(text, size_px, bold)
-    top = max(0, baseline - size_px)
-    coverage = coverage[max(0, size_px - baseline) :][: canvas_HW3.shape[0] - top]
-    assert 0 <= left <= canvas_HW3.shape[1] - coverage.shape[1], f"{text!r} is clipped"
-    under = canvas_HW3[top : top + coverage.shape[0], left : left + coverage.shape[1]]
-    under[:] = np.rint(under + (np.array(color, np.float32) - under) * coverage[:, :, None])
-
-
-def _shortened(text: str, size_px: int, room_px: int) -> str:
-    """The text, or as much of its beginning as fits with an ellipsis."""
-    if _text_width(text, size_px) <= room_px:
-        return text
-    for end in range(len(text) - 1, 0, -1):
-        short = text[:end].rstrip() + "…"
-        if _text_width(short, size_px) <= room_px:
-            return short
-    return ""
-
-
-def _paragraph(text: str, width: int, size_px: int) -> np.ndarray:
-    """Bold text, wrapped between words."""
-    lines: list[str] = []
-    for word in text.split():
-        joined = f"{lines[-1]} {word}" if lines else word
-        if lines and _text_width(joined, size_px, bold=True) <= width:
-            lines[-1] = joined
-        else:
-            lines.append(_shortened(word, size_px, round(0.9 * width)))
-    paragraph_HW3 = _blank(round(1.35 * size_px * len(lines)), width)
-    for i, line in enumerate(lines):
-        _write(paragraph_HW3, line, 0, round(1.35 * size_px * i) + size_px, size_px, bold=True)
-    return paragraph_HW3
+    return shortened(name, text_px, LONGEST_NAME_EM * text_px)
 
 
 # Pixels.
@@ -448,17 +365,13 @@ def _enlarged_by(picture_HW3: np.ndarray, factor: int) -> np.ndarray:
     return picture_HW3.repeat(factor, axis=0).repeat(factor, axis=1) if factor > 1 else picture_HW3
 
 
-def _blank(height: int, width: int) -> np.ndarray:
-    return np.full((height, width, 3), WHITE, np.uint8)
-
-
 def _joined(pictures: Sequence[np.ndarray], *, axis: int, gap: int) -> np.ndarray:
     """Pictures below (axis 0) or beside (axis 1) each other, aligned at the left or top."""
     across = 1 - axis
     size = [0, 0]
     size[axis] = sum(p.shape[axis] for p in pictures) + gap * (len(pictures) - 1)
     size[across] = max(p.shape[across] for p in pictures)
-    canvas_HW3 = _blank(*size)
+    canvas_HW3 = blank(*size)
     at = [0, 0]
     for picture in pictures:
         canvas_HW3[at[0] : at[0] + picture.shape[0], at[1] : at[1] + picture.shape[1]] = picture
