@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from segdeformer.config import Recipe
     from segdeformer.engine.train import Run, Validated
 
-# Which recipe trains when only --data is said. The published data sets need pretrained encoders,
-# so there the recipe is the user's choice.
-RECIPE_FOR_DATA = {"landcover": "landcover", "synthetic": "synthetic", "folder": "own-data"}
+# When only --data is said, the recipe of this name trains. The other data sets' recipes need pretrained
+# encoders, so there the recipe is the user's choice.
+DATA_WITH_OWN_RECIPE = ("landcover", "synthetic", "folder")
 
 
 @one_line_errors
@@ -105,12 +105,12 @@ def train_command(
 def _default_recipe(data_name: str) -> str:
     from segdeformer.errors import UsageError
 
-    if data_name not in RECIPE_FOR_DATA:
+    if data_name not in DATA_WITH_OWN_RECIPE:
         raise UsageError(
             f"name a recipe for {data_name}, such as `segdeformer train {data_name}-...`; "
             "`segdeformer recipes` lists them"
         )
-    return RECIPE_FOR_DATA[data_name]
+    return data_name
 
 
 def _changed_recipe(

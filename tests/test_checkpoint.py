@@ -260,11 +260,13 @@ def test_a_kill_between_the_two_files_of_a_save_leaves_a_pair_that_fits(tmp_path
 
 
 def test_a_full_disk_under_the_diary_is_one_line(tmp_path):
-    with pytest.raises(UserError) as caught, RunLog(tmp_path, since=0) as log:
-        log.file.close()
-        log.file = Path("/dev/full").open("a")
-        log.write({"kind": "train", "iteration": 1})
-    assert str(caught.value) == (
+    def write_to_a_full_disk() -> None:
+        with Path("/dev/full").open("a") as full, RunLog(tmp_path, since=0) as log:
+            log.file.close()
+            log.file = full
+            log.write({"kind": "train", "iteration": 1})
+
+    assert message_of(write_to_a_full_disk) == (
         f"cannot write {tmp_path}/metrics.jsonl: No space left on device; make room and --resume"
     )
 

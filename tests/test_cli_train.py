@@ -24,7 +24,7 @@ from segdeformer.cli.show import scores_line
 from segdeformer.config import load_recipe
 from segdeformer.data.built_in import SyntheticDataset
 from segdeformer.engine import runlog
-from segdeformer.engine.checkpoint import BEST, LAST, load, read_checkpoint
+from segdeformer.engine.checkpoint import BEST, LAST, load, read_checkpoint, save_checkpoint
 from segdeformer.engine.evaluate import Tally, evaluate_images
 from segdeformer.engine.optimizer import learning_rate_at
 from segdeformer.engine.runlog import RunLog, read_metrics
@@ -233,7 +233,7 @@ def test_without_out_a_run_gets_a_new_folder_under_runs(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_is_one_line_and_the_resumed_run_ends_as_one_that_was_never_stopped(tmp_path):
-    settings = ("synthetic", "--iterations", 24, "--batch", 1)
+    settings = ("synthetic", "--iterations", 16, "--batch", 1)
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     command = [sys.executable, "-m", "segdeformer", "train", *map(str, settings), "--out", str(broken)]
     process = subprocess.Popen(
@@ -273,6 +273,19 @@ def test_a_finished_run_has_nothing_to_resume_until_it_gets_more_iterations(tmp_
     assert [e["iteration"] for e in read_metrics(folder) if e["kind"] == "train"] == [1, 4, 6]
     assert read_checkpoint(folder / LAST).recipe.train.iterations == 6
     assert load_recipe(str(folder / "recipe.toml")) == read_checkpoint(folder / LAST).recipe
+
+
+def test_a_resumed_run_that_gets_no_better_ends_with_the_scores_of_its_best_checkpoint(tmp_path, finished):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    model, about = load(folder / LAST)
+    save_checkpoint(
+        folder / LAST, model, recipe=about.recipe, classes=about.classes, iteration=4, best_miou=0.99
+    )
+    printed = succeeded("train", "--resume", "--out", folder, "--iterations", 5, "--workers", 0)
+    assert [e["best"] for e in read_metrics(folder) if e["kind"] == "validation"][-1] is False
+    best = [e for e in read_metrics(folder) if e["kind"] == "validation" and e["best"]][-1]
+    summary = next(line for line in printed.splitlines() if line.endswith("on 64 images"))
+    assert summary.startswith(f"iteration {best['iteration']}: mIoU {100 * best['miou']:.2f} %")
 
 
 def test_resume_without_out_takes_the_newest_run(tmp_path, monkeypatch, finished):

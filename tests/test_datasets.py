@@ -342,17 +342,17 @@ def test_synthetic_classes_can_be_told_apart_by_hue():
 
 def test_landcover_windows_hold_land_and_never_show_a_held_out_pixel():
     train, val = LandcoverDataset("train"), LandcoverDataset("val")
-    assert (len(train), len(val)) == (4096, 37)
+    assert (len(train), len(val)) == (32_768, 78)
     held_out = np.zeros((2700, 5400), bool)
     for index in range(len(val)):
         sample = val.read(index)
         top, left = map(int, sample.name.removeprefix("row").split("_column"))
-        held_out[top : top + 180, left : left + 180] = True
-    for index in range(0, len(train), 41):
+        held_out[top : top + 120, left : left + 120] = True
+    for index in range(0, len(train), 331):
         sample = train.read(index)
         top, left = map(int, sample.name.removeprefix("row").split("_column"))
-        assert not held_out[top : top + 192, left : left + 192].any()
-        assert sample.labels_HW.shape == (192, 192)
+        assert not held_out[top : top + 128, left : left + 128].any()
+        assert sample.labels_HW.shape == (128, 128)
         assert np.mean((sample.labels_HW > 0) & (sample.labels_HW < 8)) >= 0.25
         np.testing.assert_array_equal(sample.image_HW3, train.read(index).image_HW3)
 

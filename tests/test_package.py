@@ -1,6 +1,7 @@
 """What a user sees of the package before any model is built."""
 
 import json
+import os
 import re
 import resource
 import subprocess
@@ -17,7 +18,10 @@ COMMANDS = ("train", "eval", "predict", "recipes")
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    environment = os.environ | {"COLUMNS": "80"}  # a narrow terminal
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, env=environment
+    )
 
 
 def modules_after(code: str) -> set[str]:
@@ -28,13 +32,17 @@ def modules_after(code: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
+def after_command(*arguments: str) -> str:
+    """Code that runs the command line in its process and goes on."""
+    return (
+        "from segdeformer.cli.main import app\n"
+        f"try:\n    app({list(arguments)})\nexcept SystemExit as end:\n    assert end.code == 0"
+    )
+
+
 @pytest.mark.parametrize(
     "code",
-    [
-        "import segdeformer; segdeformer.__version__",
-        "from segdeformer.cli.main import app\ntry:\n    app(['--help'])\nexcept SystemExit:\n    pass",
-        "from segdeformer.cli.main import app\ntry:\n    app(['train', '--help'])\nexcept SystemExit:\n    pass",
-    ],
+    ["import segdeformer", after_command("--help"), after_command("train", "--help")],
     ids=["import", "help", "train help"],
 )
 def test_import_and_help_load_no_heavy_library(code):

@@ -19,8 +19,8 @@ from segdeformer.data.landcover.blocks import Tile, cut, sample_window, val_tile
 from segdeformer.errors import UserError
 
 
-TRAIN_WINDOWS = 4096  # an epoch; they overlap, and together cover the training blocks many times
-WINDOW_PX = 192
+TRAIN_WINDOWS = 32_768  # an epoch; they overlap, and together cover the training blocks many times
+WINDOW_PX = 128
 WINDOW_KEY = 2019
 
 

@@ -103,24 +103,29 @@ def land_share(labels_HW: np.ndarray) -> float:
 
 def touches_val(tile: Tile) -> bool:
     """Whether any pixel of the tile lies in a held-out block."""
-    rows = range((tile.top - TOP_PX) // BLOCK_PX, (tile.top + tile.height - 1 - TOP_PX) // BLOCK_PX + 1)
-    columns = range(tile.left // BLOCK_PX, (tile.left + tile.width - 1) // BLOCK_PX + 1)
-    return any(is_val_block(row, column) for row in rows for column in columns)
+    first_row = max((tile.top - TOP_PX) // BLOCK_PX, 0)
+    last_row = min((tile.top + tile.height - 1 - TOP_PX) // BLOCK_PX, BLOCK_ROWS - 1)
+    first_column, last_column = tile.left // BLOCK_PX, (tile.left + tile.width - 1) // BLOCK_PX
+    return any(
+        is_val_block(row, column)
+        for row in range(first_row, last_row + 1)
+        for column in range(first_column, last_column + 1)
+    )
 
 
 def sample_window(rng: np.random.Generator, *, size_px: int, min_land: float = 0.25) -> Tile:
     """A square training window, drawn again until it touches no held-out block and holds enough land.
 
-    Uniform over such windows, and a function of the generator's state alone.
+    Uniform over such windows, and a function of the generator's state alone. A window may reach beyond
+    84 N, where the image goes on and labels are ignored: else few would hold the north of Greenland.
     """
     if not 1 <= size_px <= MAX_WINDOW_PX:
         raise ValueError(
             f"a landcover window of {size_px} px was asked for; it can be 1 to {MAX_WINDOW_PX} px"
         )
-    height, width = BLOCK_ROWS * BLOCK_PX, BLOCK_COLUMNS * BLOCK_PX
+    height, width = load().labels_HW.shape
     while True:
-        top = TOP_PX + int(rng.integers(height - size_px + 1))
-        left = int(rng.integers(width - size_px + 1))
+        top, left = int(rng.integers(height - size_px + 1)), int(rng.integers(width - size_px + 1))
         tile = Tile(top, left, size_px, size_px)
         if not touches_val(tile) and land_share(cut(tile).labels_HW) >= min_land:
             return tile
