@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from segdeformer.cli.errors import one_line_errors
-from segdeformer.cli.options import CheckpointArgument, Device, Flip, ImplName, Mode, Scales
+from segdeformer.cli.options import CheckpointArgument, ClassesFile, Device, Flip, ImplName, Mode, Scales
 
 
 @one_line_errors
@@ -17,6 +17,7 @@ def eval_command(
     data: Annotated[
         str | None, typer.Option(help="landcover, NAME:FOLDER or a folder; default: the checkpoint's.")
     ] = None,
+    classes: ClassesFile = None,
     mode: Mode = None,
     scales: Scales = None,
     flip: Flip = None,
@@ -46,16 +47,17 @@ def eval_command(
     if data is not None:
         given = parse_data_spec(data)
         config = config.model_copy(update={"name": given.name, "root": given.root})
+    if classes is not None:
+        config = config.model_copy(update={"classes": str(classes.resolve())})
     dataset = open_dataset(config, "val")
     check_same_classes(loaded.checkpoint.classes, dataset, str(path))
 
-    from rich.console import Console
     from rich.progress import track
 
-    from segdeformer.cli.show import protocol_line, scores_line, scores_table
+    from segdeformer.cli.show import make_console, protocol_line, scores_line, scores_table
     from segdeformer.report.sheet import shown_indices, write_sheet
 
-    console = Console()
+    console = make_console()
     console.print(f"{path} (iteration {loaded.checkpoint.iteration:,}) on {config.name} {config.val_split}")
     console.print(f"protocol: {protocol_line(protocol)}")
     console.print(f"device {chosen}, attention {resolved}", style="dim")

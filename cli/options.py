@@ -24,6 +24,10 @@ Scales = Annotated[
     str | None, typer.Option(help="Scales to average over, such as 0.5,1.0,1.5; default: the recipe's.")
 ]
 Flip = Annotated[bool | None, typer.Option("--flip/--no-flip", help="Average with the mirrored image too.")]
+ClassesFile = Annotated[
+    Path | None,
+    typer.Option(help="For a folder of your own: TOML of class names; default: its classes.toml."),
+]
 CheckpointArgument = Annotated[
     Path | None,
     typer.Argument(help="A checkpoint, or a run folder (its best). Default: the newest run under runs/."),

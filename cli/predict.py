@@ -31,46 +31,48 @@ def predict_command(
 ) -> None:
     """Predict images of any size: <name>.png holds one class id per pixel, at the input's own size."""
     from segdeformer.cli.options import changed_protocol, check_impl
+    from segdeformer.data.images import read_image
     from segdeformer.engine.checkpoint import find_checkpoint, load
     from segdeformer.engine.device import choose_device
-    from segdeformer.engine.predict import plan_jobs, run_job
+    from segdeformer.engine.predict import predict_image
     from segdeformer.errors import UserError
+    from segdeformer.report.predictions import Kind, plan_jobs, write_prediction
 
-    jobs = plan_jobs(images, out)
+    kinds: list[Kind] = []
+    if overlay:
+        kinds.append("overlay")
+    if confidence:
+        kinds.append("confidence")
+    jobs = plan_jobs(images, out, kinds=kinds)
     chosen, resolved = choose_device(device), check_impl(impl)
     loaded = load(find_checkpoint(checkpoint), device=chosen, impl=resolved)
     recipe = loaded.checkpoint.recipe
     protocol = changed_protocol(recipe.evaluate, mode=mode, scales=scales, flip=flip)
 
-    from rich.console import Console
     from rich.progress import track
 
-    from segdeformer.cli.show import protocol_line
+    from segdeformer.cli.show import make_console, protocol_line
 
-    console = Console()
+    console = make_console()
     console.print(f"{loaded.checkpoint.path}, {len(jobs)} images, device {chosen}, attention {resolved}")
     console.print(f"protocol: {protocol_line(protocol)}", style="dim")
     failed: list[UserError] = []
     written: list[Path] = []
     for job in track(jobs, "images", console=console, transient=True, disable=not console.is_terminal):
         try:
-            written += run_job(
-                job,
-                loaded.model,
-                classes=loaded.checkpoint.classes,
-                protocol=protocol,
-                data=recipe.data,
-                device=chosen,
-                draw_overlay=overlay,
-                draw_confidence=confidence,
-                opacity=opacity,
+            image_HW3 = read_image(job.image)
+            prediction = predict_image(
+                loaded.model, image_HW3, protocol=protocol, data=recipe.data, device=chosen
+            )
+            written += write_prediction(
+                job, image_HW3, prediction, loaded.checkpoint.classes, kinds=kinds, opacity=opacity
             )
         except UserError as error:  # one bad image does not cost the others
             failed.append(error)
     for path in written[:6]:
-        console.print(f"  {path}", highlight=False, soft_wrap=True)
+        console.print(f"  {path}", soft_wrap=True)
     if len(written) > 6:
-        console.print(f"  ... {len(written)} files in {out}", highlight=False)
+        console.print(f"  ... {len(written)} files in {out}")
     if failed:
         more = f" (and {len(failed) - 1} more images failed)" if len(failed) > 1 else ""
         fail(f"{failed[0]}{more}", 1)

@@ -71,10 +71,7 @@ class TrainingProgress:
             self.line_at = now
             seconds_left = (now - self.began) / (step.iteration - self.began_at)
             seconds_left *= self.total - step.iteration
-            self.console.print(
-                f"{step.iteration:,}/{self.total:,}  {note}  {_minutes(seconds_left)} left",
-                highlight=False,
-            )
+            self.console.print(f"{step.iteration:,}/{self.total:,}  {note}  {_minutes(seconds_left)} left")
 
     def validating(self, event: Validating) -> None:
         """One more validation image."""
@@ -88,8 +85,7 @@ class TrainingProgress:
             f"iteration {event.iteration:,}: mIoU {percent(report.scores.miou)} %, "
             f"aAcc {percent(report.pixel_accuracy)} %, loss {report.loss:.4f}"
             f"{', best so far' if event.is_best else ''}"
-            f"  ({_minutes(time.monotonic() - self.began)})",
-            highlight=False,
+            f"  ({_minutes(time.monotonic() - self.began)})"
         )
 
     def __enter__(self) -> Self:

@@ -19,11 +19,14 @@ def recipes_command(
     if name is not None:
         typer.echo(recipe_text(name), nl=False)
         return
-    from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("recipe", "what it trains", "paper mIoU", box=None, header_style="bold")
+    from segdeformer.cli.show import make_console
+
+    table = Table(
+        Column("recipe", no_wrap=True), "what it trains", "paper mIoU", box=None, header_style="bold"
+    )
     for recipe in map(load_recipe, recipe_names()):
         reported = recipe.reported.miou if recipe.reported else None
         table.add_row(recipe.name, recipe.description, "" if reported is None else f"{reported:.2f}")
-    Console().print(table)
+    make_console().print(table)

@@ -6,12 +6,18 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
     from segdeformer.config import EvalConfig, TrainConfig
     from segdeformer.engine.evaluate import Report
     from segdeformer.engine.optimizer import ParameterGroup
+
+
+def make_console() -> Console:
+    """A console that prints names and paths as they are: brackets are no markup, numbers no colours."""
+    return Console(markup=False, highlight=False)
 
 
 def groups_table(groups: Sequence[ParameterGroup], config: TrainConfig) -> Table:

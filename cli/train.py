@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from segdeformer.cli.errors import one_line_errors
-from segdeformer.cli.options import Device, ImplName
+from segdeformer.cli.options import ClassesFile, Device, ImplName
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from segdeformer.config import Recipe
+    from segdeformer.config import DataConfig, Recipe
     from segdeformer.engine.train import Run, Validated
 
 # When only --data is said, the recipe of this name trains. The other data sets' recipes need pretrained
@@ -37,6 +38,7 @@ def train_command(
     data: Annotated[
         str | None, typer.Option(help="landcover, NAME:FOLDER or a folder of your own images and labels.")
     ] = None,
+    classes: ClassesFile = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default: a new one under runs/.")] = None,
     iterations: Annotated[
         int | None, typer.Option(min=1, help="Instead of the recipe's; warm-up and validation scale with it.")
@@ -57,46 +59,60 @@ def train_command(
 ) -> None:
     """Train. Without arguments: the default recipe on the landcover data that comes with the package."""
     from segdeformer.cli.options import check_impl
+    from segdeformer.cli.show import make_console
     from segdeformer.config import load_recipe
     from segdeformer.data.datasets import open_dataset, parse_data_spec
     from segdeformer.engine.checkpoint import LAST, newest_run, read_checkpoint
     from segdeformer.engine.device import choose_device
     from segdeformer.engine.train import resume_run, start_run
-    from segdeformer.errors import UsageError
+    from segdeformer.errors import UsageError, UserError
 
     chosen, resolved = choose_device(device), check_impl(impl)
+    given = parse_data_spec(data) if data is not None else None
     if resume:
-        if recipe is not None or data is not None or seed is not None or batch is not None or weights:
+        if recipe is not None or seed is not None or batch is not None or weights is not None:
             raise UsageError("--resume goes on with the run's own recipe; leave out RECIPE and its changes")
         out = out or newest_run()
+        if not (out / LAST).is_file():
+            raise UserError(f"{out} holds no {LAST} to go on with; start it without --resume")
         base = read_checkpoint(out / LAST).recipe
-        given = None
     else:
-        given = parse_data_spec(data) if data is not None else None
         base = load_recipe(recipe or _default_recipe(given.name if given else "landcover"))
     config = base.data
     if given is not None:
         config = config.model_copy(update={"name": given.name, "root": given.root})
+    elif config.root:
+        # so that the run can be evaluated from anywhere
+        config = config.model_copy(update={"root": str(Path(config.root).resolve())})
+    if classes is not None:
+        config = config.model_copy(update={"classes": str(classes.resolve())})
     train_data, val_data = open_dataset(config, "train"), open_dataset(config, "val")
+    # data of the user's choice brings its own number of classes, but a run keeps its own
+    takes_classes = given is not None and not resume
     changed = _changed_recipe(
         base,
         data=config,
-        # data of the user's choice brings its own number of classes
-        num_classes=len(train_data.classes.names) if given is not None else base.model.num_classes,
+        num_classes=len(train_data.classes.names) if takes_classes else base.model.num_classes,
         iterations=iterations,
+        keeps_schedule=resume,
         batch=batch,
         seed=seed,
         weights=weights,
     )
-    folder = out or _new_folder(changed.name)
+    claimed = _new_folder(changed.name) if out is None else None
+    folder = out or claimed
+    assert folder is not None
     begin = resume_run if resume else start_run
-    run = begin(changed, folder, train_data=train_data, val_data=val_data, device=chosen, impl=resolved)
+    try:
+        run = begin(changed, folder, train_data=train_data, val_data=val_data, device=chosen, impl=resolved)
+    except UserError:
+        if claimed is not None:
+            claimed.rmdir()
+        raise
 
-    from rich.console import Console
-
-    console = Console()
+    console = make_console()
     _introduce(console, run, base, resolved)
-    if run.iteration >= changed.train.iterations:
+    if run.complete:
         console.print(f"{folder} is complete at iteration {run.iteration:,}; --iterations N trains on")
         return
     _train_and_show(console, run, workers=_choose_workers(workers))
@@ -116,25 +132,30 @@ def _default_recipe(data_name: str) -> str:
 def _changed_recipe(
     base: Recipe,
     *,
-    data: Any,
+    data: DataConfig,
     num_classes: int,
     iterations: int | None,
+    keeps_schedule: bool,
     batch: int | None,
     seed: int | None,
     weights: str | None,
 ) -> Recipe:
-    """The recipe with the command line's changes, validated again."""
+    """The recipe with the command line's changes, validated again.
+
+    Warm-up and intervals scale with `iterations`, unless a run that has begun `keeps_schedule`.
+    """
     from segdeformer.config import validate_recipe
 
     values = base.model_dump(exclude_none=True)
-    values["data"] = data.model_dump()
+    values["data"] = data.model_dump(exclude_none=True)
     values["model"]["num_classes"] = num_classes
     train = values["train"]
-    if iterations is not None:
+    if iterations is not None and not keeps_schedule:
         share = iterations / train["iterations"]
         for name in ("warmup_iterations", "validate_every", "checkpoint_every"):
             smallest = 0 if name == "warmup_iterations" else 1
             train[name] = max(smallest, round(train[name] * share))
+    if iterations is not None:
         train["iterations"] = iterations
     if batch is not None:
         train["batch_size"] = batch
@@ -146,17 +167,23 @@ def _changed_recipe(
 
 
 def _new_folder(name: str) -> Path:
+    """Make a folder of its own for a run, also when several start in one second."""
     from segdeformer.engine.checkpoint import RUNS
 
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return RUNS / f"{name}-{stamp}"
+    for number in itertools.count(1):
+        folder = RUNS / (f"{name}-{stamp}" if number == 1 else f"{name}-{stamp}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise AssertionError("counting never ends")
 
 
 def _choose_workers(wanted: int | None) -> int:
     """Some loader processes where cores are plenty; on few cores they would only take turns."""
     if wanted is not None:
         return wanted
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if cores <= 2 else min(8, cores // 2)
 
 
@@ -164,18 +191,18 @@ def _introduce(console: Console, run: Run, base: Recipe, impl: str) -> None:
     from segdeformer.cli.show import groups_table, schedule_line
 
     recipe = run.recipe
-    console.print(f"[bold]{recipe.name}[/]: {recipe.description}", highlight=False)
+    console.print(f"{recipe.name}: {recipe.description}", style="bold")
     for change in _changes(base.model_dump(), recipe.model_dump()):
-        console.print(f"  changed {change}", style="yellow", highlight=False, markup=False)
+        console.print(f"  changed {change}", style="yellow")
     data = run.train_data
     console.print(
         f"data {data.name}: {len(data):,} training and {len(run.val_data):,} validation images, "
         f"{recipe.model.num_classes} classes"
     )
-    console.print(f"device {run.device}, attention {impl}, run folder {run.folder}", highlight=False)
+    console.print(f"device {run.device}, attention {impl}, run folder {run.folder}")
     if run.model.weights_report is not None:
         for line in run.model.weights_report.lines():
-            console.print(line, markup=False, highlight=False)
+            console.print(line)
     console.print(groups_table(run.groups, recipe.train))
     console.print(schedule_line(recipe.train))
     if run.iteration:
@@ -202,7 +229,7 @@ def _train_and_show(console: Console, run: Run, *, workers: int) -> None:
                 case Validating():
                     progress.validating(event)
                 case Validated():
-                    if best is None or event.is_best:
+                    if event.is_best:
                         best = event
                     progress.validated(event)
                 case Stopped():
@@ -212,12 +239,11 @@ def _train_and_show(console: Console, run: Run, *, workers: int) -> None:
                     )
                 case _:
                     progress.stepped(event)
-    if best is not None:
-        _finish(console, run, best)
+    _finish(console, run, best)
 
 
 @contextlib.contextmanager
-def stop_request() -> Iterator[Any]:
+def stop_request() -> Iterator[Callable[[], bool]]:
     """Gives a function that says whether Ctrl-C was pressed; a second Ctrl-C interrupts at once."""
     asked = False
 
@@ -234,31 +260,37 @@ def stop_request() -> Iterator[Any]:
         signal.signal(signal.SIGINT, before)
 
 
-def _finish(console: Console, run: Run, best: Validated) -> None:
-    """The best validation's table, a picture made by its checkpoint, and what to do next."""
+def _finish(console: Console, run: Run, best: Validated | None) -> None:
+    """The best validation's table, a picture made by its checkpoint, and where both lie.
+
+    best: None if it was before this run was resumed; then it is made again.
+    """
     from segdeformer.cli.show import scores_line, scores_table
-    from segdeformer.engine.checkpoint import BEST, load_weights
-    from segdeformer.engine.evaluate import ImageResult
+    from segdeformer.engine.checkpoint import BEST, load_weights, read_checkpoint
+    from segdeformer.engine.evaluate import ImageResult, evaluate
     from segdeformer.engine.predict import predict_image
     from segdeformer.report.sheet import shown_indices, write_sheet
 
-    load_weights(run.model, run.folder / BEST)
+    recipe, path = run.recipe, run.folder / BEST
+    load_weights(run.model, path)
     run.model.eval()
+    if best is None:
+        report = evaluate(
+            run.model, run.val_data, protocol=recipe.evaluate, data=recipe.data, device=run.device
+        )
+    else:
+        report = best.report
     results = []
     for index in shown_indices(len(run.val_data)):
         sample = run.val_data.read(index)
         prediction = predict_image(
-            run.model,
-            sample.image_HW3,
-            protocol=run.recipe.evaluate,
-            data=run.recipe.data,
-            device=run.device,
+            run.model, sample.image_HW3, protocol=recipe.evaluate, data=recipe.data, device=run.device
         )
         results.append(ImageResult(sample, prediction.ids_HW))
     picture = run.folder / "validation.png"
-    line = scores_line(best.report)
-    write_sheet(picture, results, best.report.classes, headline=f"{run.recipe.name}: {line}")
-    console.print(scores_table(best.report))
-    console.print(f"iteration {best.iteration:,}: {line}", style="bold")
-    console.print(f"picture:    {picture}", highlight=False, soft_wrap=True)
-    console.print(f"checkpoint: {run.folder / BEST}", highlight=False, soft_wrap=True)
+    line = scores_line(report)
+    write_sheet(picture, results, report.classes, headline=f"{recipe.name}: {line}")
+    console.print(scores_table(report))
+    console.print(f"iteration {read_checkpoint(path).iteration:,}: {line}", style="bold")
+    console.print(f"picture:    {picture}", soft_wrap=True)
+    console.print(f"checkpoint: {path}", soft_wrap=True)

@@ -7,6 +7,10 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from segdeformer.kernels.impl import Impl, resolve_impl
+
+Average = Literal["valid", "all"]
+
 
 def upsample_cross_entropy(
     logits_BKhw: Tensor,
@@ -15,7 +19,8 @@ def upsample_cross_entropy(
     ignore_index: int = 255,
     class_weights_K: Tensor | None = None,
     label_smoothing: float = 0.0,
-    average: Literal["valid", "all"] = "valid",
+    average: Average = "valid",
+    impl: Impl = "auto",
 ) -> Tensor:
     """Mean cross-entropy of the logits resized to the labels' size (Eqs. 8-9), a float32 scalar.
 
@@ -29,6 +34,29 @@ def upsample_cross_entropy(
             f"logits {tuple(logits_BKhw.shape)} and labels {tuple(labels_BHW.shape)} do not belong together; "
             "expected (B,K,h,w) and (B,H,W)"
         )
+    if average not in ("valid", "all"):
+        raise ValueError(f"average is `{average}`; expected `valid` or `all`")
+    resolve_impl(impl)  # the reference is all there is yet, and it is right for every choice that resolves
+    return upsample_cross_entropy_reference(
+        logits_BKhw,
+        labels_BHW,
+        ignore_index=ignore_index,
+        class_weights_K=class_weights_K,
+        label_smoothing=label_smoothing,
+        average=average,
+    )
+
+
+def upsample_cross_entropy_reference(
+    logits_BKhw: Tensor,
+    labels_BHW: Tensor,
+    *,
+    ignore_index: int,
+    class_weights_K: Tensor | None,
+    label_smoothing: float,
+    average: Average,
+) -> Tensor:
+    """The definition: resize, then cross-entropy; holds the full-resolution logits."""
     full_BKHW = F.interpolate(
         logits_BKhw.float(), labels_BHW.shape[-2:], mode="bilinear", align_corners=False
     )
@@ -40,14 +68,10 @@ def upsample_cross_entropy(
         label_smoothing=label_smoothing,
         reduction="sum",
     )
-    match average:
-        case "all":
-            return total / labels_BHW.numel()
-        case "valid":
-            valid_BHW = labels_BHW != ignore_index
-            if class_weights_K is None:
-                return total / valid_BHW.sum().clamp(min=1)
-            divisor = class_weights_K[labels_BHW[valid_BHW]].sum()
-            return total / divisor.where(divisor > 0, 1.0)
-        case _:
-            raise ValueError(f"average is `{average}`; expected `valid` or `all`")
+    if average == "all":
+        return total / labels_BHW.numel()
+    valid_BHW = labels_BHW != ignore_index
+    if class_weights_K is None:
+        return total / valid_BHW.sum().clamp(min=1)
+    divisor = (class_weights_K[labels_BHW.where(valid_BHW, 0)] * valid_BHW).sum()
+    return total / divisor.where(divisor > 0, 1.0)

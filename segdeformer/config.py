@@ -33,6 +33,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 SizeHW = Annotated[tuple[Positive, Positive], Field(strict=False)]
 SizeWH = Annotated[tuple[Positive, Positive], Field(strict=False)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Strict(BaseModel):
@@ -135,10 +136,15 @@ class ModelConfig(Strict):
 
 
 class DataConfig(Strict):
-    """Which data, and where. `root` is not needed by `landcover` and `synthetic`."""
+    """Which data, and where.
+
+    root: the data's folder; `landcover` and `synthetic` need none.
+    classes: for `folder`, a TOML file of names and colours; default: classes.toml in the root.
+    """
 
     name: DataName
     root: str = ""
+    classes: str | None = None
     train_split: str = "train"
     val_split: str = "val"
     mean: Annotated[tuple[float, float, float], Field(strict=False)] = (123.675, 116.28, 103.53)
@@ -218,9 +224,9 @@ class TrainConfig(Strict):
 
     iterations: Positive = 160_000
     batch_size: Positive = 16
-    seed: Natural = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     learning_rate: PositiveFloat = 6e-5
-    betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.999)
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     decoder_lr_multiplier: PositiveFloat = 10.0
     warmup_iterations: Natural = 1500

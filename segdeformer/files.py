@@ -20,6 +20,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield aside
+        aside.chmod(0o666 & ~_umask())  # some writers make their files readable to the owner only
         with aside.open("rb") as written:
             os.fsync(written.fileno())
         aside.replace(path)
@@ -29,6 +30,12 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # there is no way to read it without setting it
+    os.umask(mask)
+    return mask
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,15 +5,16 @@ import hashlib
 import itertools
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from segdeformer.config import Recipe, load_recipe
 from segdeformer.data.built_in import SyntheticDataset
-from segdeformer.engine import checkpoint as checkpoint_module
 from segdeformer.engine.checkpoint import (
     BEST,
     LAST,
@@ -199,7 +200,7 @@ def test_weights_that_do_not_fit_the_recipe_are_counted_and_named(tmp_path, whol
     weights["surprise"] = weights.pop(key)
     weights[other] = weights[other][:3].clone()
     path = tmp_path / LAST
-    with checkpoint_module.safe_open(whole / LAST, "pt") as file:
+    with safe_open(whole / LAST, "pt") as file:
         save_file(weights, path, file.metadata())
     assert message_of(load, path) == (
         f"{path} does not fit its own recipe: 1 keys missing ['{key}'], "
@@ -210,30 +211,36 @@ def test_weights_that_do_not_fit_the_recipe_are_counted_and_named(tmp_path, whol
 # Nothing is half-written.
 
 
-@pytest.mark.parametrize(("limit_kib", "name"), [(1, "state-0000000.pt"), (500, LAST)])
-def test_no_space_leaves_the_previous_pair_and_no_temporary_file(tmp_path, limit_kib, name):
-    run = start_run(tiny_recipe(), tmp_path, **DATA)
-    save_run(run)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+@pytest.mark.parametrize(("limit_kib", "name"), [(1, "state"), (4000, "state"), (3000, "weights")])
+def test_no_space_leaves_the_previous_pair_and_no_temporary_file(tmp_path, whole, limit_kib, name):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    run = resumed(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     run.model.decoder.head.classify.bias.data.add_(1)
+    run.iteration = 7  # both files are new
+    if name == "weights":
+        run.optimizer.state.clear()  # then the state is small enough
     with no_file_above(limit_kib * 2**10):
         message = message_of(save_run, run)
-    assert message.startswith(f"{tmp_path / name}: cannot be written (")
+    refused = folder / {"state": "state-0000007.pt", "weights": LAST}[name]
+    assert message.startswith(f"{refused}: cannot be written (")
     assert message.endswith("); free space or choose another place")
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert resumed(tmp_path).iteration == 0
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() <= {"state-0000007.pt"}  # whole, and used by nothing
+    assert resumed(folder).iteration == 6
     save_run(run)  # room again
-    assert load(tmp_path / LAST).model.decoder.head.classify.bias.min() > 0.5
+    assert load(folder / LAST).model.decoder.head.classify.bias.min() > 0.5
+    assert {path.name for path in folder.glob("state-*")} == {"state-0000007.pt"}
 
 
 def test_ctrl_c_while_a_file_is_written_leaves_the_previous_one(tmp_path, monkeypatch, whole):
-    def interrupted(_tensors, path, _metadata):
-        Path(path).write_bytes(b"half")
+    def interrupted(_file: int) -> None:
         raise KeyboardInterrupt
 
     loaded = load(whole / LAST)
     (tmp_path / LAST).write_bytes(b"previous")
-    monkeypatch.setattr(checkpoint_module, "save_file", interrupted)
+    monkeypatch.setattr("segdeformer.files.os.fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(
             tmp_path / LAST,

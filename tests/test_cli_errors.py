@@ -106,7 +106,7 @@ RESUME = "--resume goes on with the run's own recipe; leave out RECIPE and its c
         (["--resume", "synthetic"], RESUME),
         (["--resume", "--batch", "3"], RESUME),
         (["--resume", "--seed", "0"], RESUME),
-        (["--resume", "--data", "synthetic"], RESUME),
+        (["--resume", "--weights", "x.pth"], RESUME),
         (
             ["--data", "ade20k:somewhere"],
             "name a recipe for ade20k, such as `segdeformer train ade20k-...`; "
@@ -228,7 +228,7 @@ def test_an_empty_folder_and_a_missing_one_are_named_with_the_layout(data, tmp_p
         f"{empty}/images/val: no such folder; expected images/val and labels/val in {empty}"
     )
     assert refusal("predict", checkpoint, empty, "--out", out, code=1) == (
-        f"{empty} holds no images (.jpg, .jpeg, .png, .bmp, .tif, .tiff, .webp)"
+        f"{empty} holds no images (.jpg, .jpeg, .png, .tif, .tiff, .bmp, .webp)"
     )
 
 

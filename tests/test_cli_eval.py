@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -71,7 +72,7 @@ def whole_log_shares(
     model: torch.nn.Module, image_HW3: np.ndarray, *, scales: tuple[int, ...] = (1,), flip: bool = False
 ) -> torch.Tensor:
     """Log of the mean softmax over the scales and mirror images, (K, H, W) float64."""
-    shares = []
+    log_shares = []
     height, width = image_HW3.shape[:2]
     for scale in scales:
         scaled_HW3 = cv2.resize(image_HW3, (scale * width, scale * height), interpolation=cv2.INTER_LINEAR)
@@ -79,8 +80,8 @@ def whole_log_shares(
         for turn in ((), (3,)) if flip else ((),):
             logits_BKhw = model(image_13HW.flip(turn)).logits_BKhw
             full_BKHW = F.interpolate(logits_BKhw, (height, width), mode="bilinear", align_corners=False)
-            shares.append(full_BKHW.flip(turn).softmax(1)[0])
-    return torch.stack(shares).mean(0).log()
+            log_shares.append(full_BKHW.flip(turn).log_softmax(1)[0])
+    return torch.stack(log_shares).logsumexp(0) - math.log(len(log_shares))
 
 
 class ByHand(NamedTuple):
@@ -140,6 +141,19 @@ def test_scores_equal_a_float64_computation_over_whole_images(options, views, ch
     assert scores["aacc"] == pytest.approx(hits_K.sum() / confusion_KK.sum())
 
 
+def test_a_very_sure_model_has_a_finite_loss_under_several_views(data, tmp_path):
+    """The softmax of a class far behind is 0 in float32, and its log infinite."""
+    torch.manual_seed(0)
+    recipe = load_recipe("synthetic")
+    model = build_model(recipe.model)
+    torch.nn.init.normal_(model.decoder.head.classify.weight, std=20.0)
+    path = tmp_path / LAST
+    save_checkpoint(path, model, recipe=recipe, classes=CLASSES, iteration=0, best_miou=None)
+    loss = scorecard(tmp_path / "s.json", path, "--data", data, "--flip")["scores"]["loss"]
+    assert loss > 100  # nats
+    assert loss == pytest.approx(scores_by_hand(path, flip=True).loss, rel=1e-4)
+
+
 def test_one_window_as_large_as_the_image_is_the_whole_mode(checkpoint, data, tmp_path):
     whole = scorecard(tmp_path / "whole.json", checkpoint, "--data", data)
     slide = scorecard(tmp_path / "slide.json", checkpoint, "--data", data, "--mode", "slide")
@@ -168,7 +182,8 @@ def test_the_table_shows_the_numbers_of_the_json(checkpoint, data, tmp_path):
 def test_the_json_holds_the_protocol_the_label_map_and_the_hash_of_the_weights(checkpoint, data, tmp_path):
     card = scorecard(tmp_path / "new folder/s.json", checkpoint, "--data", data)
     notes = card["protocol"].pop("notes")
-    assert "bilinearly (align_corners=False)" in notes
+    assert "resized once, from the decoder's map to the image's own size" in notes
+    assert "bilinear with align_corners=False" in notes
     assert "255 is ignored" in notes
     assert card["protocol"] == {
         "mode": "whole",

@@ -190,7 +190,7 @@ def test_data_of_ones_own_trains_evaluates_and_predicts(tmp_path):
     printed = succeeded(
         "train", "--data", data, "--iterations", 3, "--batch", 1, "--workers", 0, "--out", run
     )
-    assert printed.startswith("own-data: Your own images: SegDeformer-B0, a starting point\n")
+    assert printed.startswith("folder: Your own images: SegDeformer-B0, a starting point\n")
     assert "  changed model.num_classes: 2 -> 3\n" in printed
     assert f"  changed data.root: data/mine -> {data}\n" in printed
     assert "data folder: 5 training and 2 validation images, 3 classes\n" in printed

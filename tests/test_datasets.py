@@ -371,8 +371,8 @@ def test_landcover_has_two_splits():
         ("landcover", "landcover", ""),
         ("synthetic", "synthetic", ""),
         ("ade20k:/data/ade", "ade20k", "/data/ade"),
-        ("cityscapes:C:/city", "cityscapes", "C:/city"),
-        ("coco_stuff:coco", "coco_stuff", "coco"),
+        ("cityscapes:/a:b/city", "cityscapes", "/a:b/city"),
+        ("coco_stuff:coco", "coco_stuff", str(Path("coco").resolve())),  # to be found from anywhere
         ("folder:/mine", "folder", "/mine"),
     ],
 )

@@ -1,7 +1,5 @@
 """The operations against float64 definitions written out here, with odd sizes."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +8,6 @@ from segdeformer.kernels.attention import attention, attention_reference
 from segdeformer.kernels.external_attention import external_attention, external_attention_reference
 from segdeformer.kernels.impl import resolve_impl
 from segdeformer.kernels.rows import upsample_rows
-from segdeformer.kernels.upsample_argmax import upsample_argmax, upsample_argmax_reference
 from segdeformer.kernels.upsample_cross_entropy import upsample_cross_entropy
 
 SIZES = [(1, 1, 19, 19), (17, 63, 32, 32), (200, 17, 64, 19), (63, 200, 19, 64), (128, 1, 150, 32)]
@@ -187,18 +184,3 @@ def test_strips_of_rows_equal_the_whole_resize(size, full):
     strips = [upsample_rows(values, full, top, min(top + 7, full[0])) for top in range(0, full[0], 7)]
     eager = F.interpolate(values, full, mode="bilinear", align_corners=False)
     assert_no_worse(torch.cat(strips, 2), eager, whole)  # float32 coordinates cost PyTorch up to 3e-5 too
-
-
-@pytest.mark.parametrize(
-    ("classes", "size", "full"),
-    [(2, (8, 8), (32, 32)), (150, (33, 17), (129, 70)), (19, (64, 128), (1024, 2048))],
-)
-def test_upsample_argmax_equals_the_whole_argmax_and_its_softmax(classes, size, full):
-    logits = random(1, classes, *size)
-    ids, confidence = upsample_argmax(logits, full, with_confidence=True)
-    expected = upsample_argmax_reference(logits, full)
-    assert (ids.long() != expected).double().mean() < 1e-5  # ties within rounding
-    probabilities = F.interpolate(logits, full, mode="bilinear", align_corners=False).softmax(1)
-    torch.testing.assert_close(confidence, probabilities.amax(1), atol=1e-5, rtol=0)
-    assert confidence.min() > 1 / classes - 1e-6
-    assert math.isfinite(confidence.sum().item())

@@ -55,7 +55,7 @@ def test_a_batch_holds_the_augmented_samples_of_its_positions():
     assert batch.images_B3HW.shape == (3, 3, 49, 65)
     assert batch.images_B3HW.dtype == torch.float32
     assert batch.labels_BHW.shape == (3, 49, 65)
-    assert batch.labels_BHW.dtype == torch.int64
+    assert batch.labels_BHW.dtype == torch.uint8
     for place, position in enumerate((15, 16, 17)):
         sample = DATASET.read(sample_index(0, position, 7))
         crop = augment(sample, recipe().augment, recipe().data, generator(0, 1, position))

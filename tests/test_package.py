@@ -91,7 +91,7 @@ def test_recipes_lists_every_name_whole_in_a_narrow_terminal_and_prints_one_as_i
     assert done.returncode == 0
     first_words = [line.split()[0] for line in done.stdout.splitlines() if line[1:2].strip()]
     assert first_words == ["recipe", *recipe_names()]
-    assert python("-m", "segdeformer", "recipes", "own-data").stdout == recipe_text("own-data")
+    assert python("-m", "segdeformer", "recipes", "folder").stdout == recipe_text("folder")
 
 
 def test_public_functions_build_and_run_a_model():

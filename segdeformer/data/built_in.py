@@ -18,7 +18,6 @@ from segdeformer.data.datasets import Sample, identity_map
 from segdeformer.data.landcover.blocks import Tile, cut, sample_window, val_tiles
 from segdeformer.errors import UserError
 
-
 TRAIN_WINDOWS = 32_768  # an epoch; they overlap, and together cover the training blocks many times
 WINDOW_PX = 128
 WINDOW_KEY = 2019

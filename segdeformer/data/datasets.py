@@ -141,6 +141,8 @@ def open_dataset(config: DataConfig, split: Literal["train", "val"]) -> Dataset:
     if not config.root and config.name not in BUILT_IN:
         raise UsageError(f"data `{config.name}` needs a folder: `data.root`, or --data {config.name}:FOLDER")
     folder = config.train_split if split == "train" else config.val_split
+    if config.name == "folder":
+        return _folder(Path(config.root), folder, Path(config.classes) if config.classes else None)
     return _OPEN[config.name](Path(config.root), folder)
 
 
@@ -154,17 +156,17 @@ def parse_data_spec(text: str) -> DataConfig:
             raise UsageError(f"--data {text}: `{known}` takes no folder; write --data {known}")
         if known not in BUILT_IN and not root:
             raise UsageError(f"--data {text}: `{known}` needs its folder; write --data {known}:FOLDER")
-        return DataConfig(name=known, root=str(Path(root).expanduser()) if root else "")
+        return DataConfig(name=known, root=str(Path(root).expanduser().resolve()) if root else "")
     if Path(text).expanduser().is_dir():
-        return DataConfig(name="folder", root=str(Path(text).expanduser()))
+        return DataConfig(name="folder", root=str(Path(text).expanduser().resolve()))
     near = difflib.get_close_matches(name, get_args(DataName), n=1, cutoff=0.5)
     remedy = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(get_args(DataName))}"
     raise UsageError(f"--data {text}: neither a data set nor a folder; {remedy}")
 
 
-def _folder(root: Path, split: str) -> FileDataset:
+def _folder(root: Path, split: str, classes_file: Path | None) -> FileDataset:
     pairs = _pair(root, f"images/{split}", IMAGE_ENDINGS, f"labels/{split}", (".png",))
-    classes = load_classes(root / "classes.toml")
+    classes = load_classes(classes_file or root / "classes.toml")
     return FileDataset(
         name="folder", split=split, classes=classes, pairs=pairs, label_map=identity_map(len(classes.names))
     )
@@ -213,10 +215,10 @@ def _synthetic(_root: Path, split: str) -> Dataset:
     return SyntheticDataset(split)
 
 
+# All but `folder`, whose classes are the user's.
 _OPEN: dict[DataName, Callable[[Path, str], Dataset]] = {
     "landcover": _landcover,
     "synthetic": _synthetic,
-    "folder": _folder,
     "ade20k": _ade20k,
     "cityscapes": _cityscapes,
     "coco_stuff": _coco_stuff,

@@ -14,7 +14,6 @@ from collections.abc import Generator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ ORDER, CROPS = 0, 1  # the independent random streams of a seed
 
 class Batch(NamedTuple):
     images_B3HW: Tensor  # float32, normalised
-    labels_BHW: Tensor  # int64; 255 = ignore
+    labels_BHW: Tensor  # uint8; 255 = ignore
     names: tuple[str, ...]
 
 
@@ -63,7 +62,7 @@ def training_batch(dataset: Dataset, recipe: Recipe, iteration: int) -> Batch:
     """The batch of one iteration, a function of the data, the recipe and its seed."""
     size, seed = recipe.train.batch_size, recipe.train.seed
     images_B3HW = np.empty((size, 3, *recipe.augment.crop), np.float32)
-    labels_BHW = np.empty((size, *recipe.augment.crop), np.int64)
+    labels_BHW = np.empty((size, *recipe.augment.crop), np.uint8)
     names = []
     for place in range(size):
         position = iteration * size + place
@@ -112,4 +111,3 @@ def _as_it_is(batch: Any) -> Any:
 def _quiet_worker(_worker: int) -> None:
     """Ctrl-C reaches the whole process group; the main process alone answers it and ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    cv2.setNumThreads(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ class Checkpoint(NamedTuple):
     classes: ClassTable
     iteration: int
     best_miou: float | None
+    validation_due: bool  # stopped before the validation of this iteration was done
 
 
 class Loaded(NamedTuple):
@@ -89,14 +91,25 @@ def save_checkpoint(
     classes: ClassTable,
     iteration: int,
     best_miou: float | None,
+    validation_due: bool = False,
 ) -> None:
-    """Write weights, recipe and classes as one file, whole or not at all."""
+    """Write weights, recipe and classes as one file, whole or not at all.
+
+    Raises `UserError`, and keeps what was there, when a weight is not finite or the disk is full.
+    """
+    broken = [n for n, t in model.state_dict().items() if t.is_floating_point() and not t.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"weights are not finite at iteration {iteration} (`{broken[0]}`), {path} is left as it was; "
+            "start anew with a lower train.learning_rate"
+        )
     about = {
         "format": FORMAT,
         "recipe": recipe.model_dump(mode="json", exclude_none=True),
         "classes": {"names": classes.names, "colors": classes.colors},
         "iteration": iteration,
         "best_miou": best_miou,
+        "validation_due": validation_due,
     }
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with replacing(path) as aside:
@@ -129,6 +142,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         classes=ClassTable(tuple(classes["names"]), tuple(tuple(color) for color in classes["colors"])),
         iteration=about["iteration"],
         best_miou=about["best_miou"],
+        validation_due=about["validation_due"],
     )
 
 
@@ -171,7 +185,7 @@ def load_state(run: Path, optimizer: torch.optim.Optimizer, iteration: int) -> N
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read ({reason}); this run cannot be resumed") from None
 

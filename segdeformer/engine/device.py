@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import resource
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from segdeformer.errors import UsageError
+from segdeformer.errors import UsageError, UserError
 
 
 def choose_device(name: str) -> torch.device:
@@ -44,5 +45,20 @@ def peak_resident_mib() -> float:
         # getrusage would be wrong here: on Linux a child starts with its parent's peak.
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) / 2**10
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+@contextlib.contextmanager
+def explained_shortage(remedy: str) -> Iterator[None]:
+    """Turn PyTorch's out-of-memory errors into a `UserError` that says what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of GPU memory ({str(error).splitlines()[0]}); {remedy}") from None
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise UserError(f"out of memory; {remedy}") from None

@@ -25,11 +25,6 @@ from segdeformer.errors import UserError
 from segdeformer.models.segmenter import Segmenter
 
 READERS = 2
-PROTOCOL_NOTES = (
-    "logits are resized once, bilinearly (align_corners=False), from the decoder's map to the image's own "
-    "size before argmax; sliding windows sum logits; several scales or flip average softmax; "
-    "sums over the whole data set, nan-mean over classes; label 255 is ignored"
-)
 
 
 class Report(NamedTuple):
@@ -143,11 +138,29 @@ def check_same_classes(model_classes: ClassTable, dataset: Dataset, what: str) -
             )
 
 
+def protocol_notes(protocol: EvalConfig) -> str:
+    """In words, what the fields of a protocol leave open."""
+    if protocol.mode == "slide":
+        path = (
+            "logits of each window are resized to the window, summed, divided by the number of windows over "
+            "each pixel, and resized to the image's own size before argmax; the last window shifts inwards"
+        )
+    else:
+        path = "logits are resized once, from the decoder's map to the image's own size, before argmax"
+    several = (
+        "softmax is averaged over scales and flip; " if protocol.flip or len(protocol.scales) > 1 else ""
+    )
+    return (
+        f"{path}; every resize is bilinear with align_corners=False; {several}"
+        "sums over the whole data set, nan-mean over classes; label 255 is ignored"
+    )
+
+
 def report_values(report: Report) -> dict[str, Any]:
     """The report as JSON values; shares in [0, 1], null where a class has no IoU."""
 
     def value(number: float) -> float | None:
-        return None if math.isnan(number) else float(number)
+        return float(number) if math.isfinite(number) else None
 
     scores = report.scores
     return {

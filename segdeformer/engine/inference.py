@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from segdeformer.config import DataConfig, EvalConfig
 from segdeformer.data.transforms import normalise, resize_for_eval
+from segdeformer.engine.device import explained_shortage
 from segdeformer.kernels.rows import mix_rows, source_rows, strip_rows, upsample_rows
 
 
@@ -136,10 +137,11 @@ def predict_strips(
 def _combine(views: list[View], top: int, bottom: int) -> Tensor:
     if len(views) == 1:
         return views[0].rows(top, bottom)
-    mean_KrW = views[0].rows(top, bottom).softmax(dim=0)
+    # In logarithms, where a probability of 1e-50 is still one.
+    total_KrW = views[0].rows(top, bottom).log_softmax(dim=0)
     for view in views[1:]:
-        mean_KrW += view.rows(top, bottom).softmax(dim=0)
-    return (mean_KrW / len(views)).log()
+        total_KrW = torch.logaddexp(total_KrW, view.rows(top, bottom).log_softmax(dim=0))
+    return total_KrW - math.log(len(views))
 
 
 def _view(
@@ -163,7 +165,8 @@ def _view(
 
 @torch.inference_mode()
 def _logits(model: nn.Module, image_3HW: Tensor) -> Tensor:
-    return model(image_3HW.unsqueeze(0)).logits_BKhw.float()
+    with explained_shortage("evaluate smaller windows: --mode slide, or a smaller evaluate.resize_to"):
+        return model(image_3HW.unsqueeze(0)).logits_BKhw.float()
 
 
 def sliding_windows(size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int]) -> list[Window]:

@@ -12,7 +12,7 @@ import segdeformer
 from segdeformer.config import DataConfig, EvalConfig
 from segdeformer.data.datasets import LabelMap
 from segdeformer.engine.checkpoint import Checkpoint, file_sha256
-from segdeformer.engine.evaluate import PROTOCOL_NOTES, Report, report_values
+from segdeformer.engine.evaluate import Report, protocol_notes, report_values
 from segdeformer.files import write_text
 
 
@@ -28,7 +28,7 @@ def write_scorecard(
     """Write scores, protocol, data, the checkpoint's hash and versions to a JSON file."""
     values = {
         "scores": report_values(report),
-        "protocol": {**protocol.model_dump(mode="json"), "notes": PROTOCOL_NOTES},
+        "protocol": {**protocol.model_dump(mode="json"), "notes": protocol_notes(protocol)},
         "data": data.model_dump(mode="json"),
         "label_map": {str(in_file): class_id for in_file, class_id in sorted(label_map.items())},
         "checkpoint": {

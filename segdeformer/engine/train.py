@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from segdeformer.engine.checkpoint import (
     save_checkpoint,
     save_state,
 )
+from segdeformer.engine.device import explained_shortage
 from segdeformer.engine.evaluate import Report, Tally, evaluate_images, report_values
 from segdeformer.engine.losses import Losses, training_losses
 from segdeformer.engine.optimizer import (
@@ -45,6 +46,7 @@ from segdeformer.kernels.impl import Impl
 from segdeformer.models.segmenter import Segmenter, build_model
 
 LOG_EVERY = 10
+RECIPE = "recipe.toml"
 
 
 class Step(NamedTuple):
@@ -53,7 +55,7 @@ class Step(NamedTuple):
     iteration: int  # steps done so far
     losses: Losses
     learning_rate: float  # the encoder's
-    images_per_second: float
+    images_per_second: float  # as last measured
 
 
 class Validating(NamedTuple):
@@ -92,6 +94,12 @@ class Run:
     device: torch.device
     iteration: int = 0
     best_miou: float | None = None
+    validation_due: bool = False  # of this iteration; stays true only where one was stopped
+
+    @property
+    def complete(self) -> bool:
+        """Nothing is left to train or to validate."""
+        return self.iteration >= self.recipe.train.iterations and not self.validation_due
 
 
 def start_run(
@@ -108,13 +116,13 @@ def start_run(
     Raises `UserError` when the folder already holds a run, the data is empty, or the recipe's number
     of classes is not the data's.
     """
-    if (folder / LAST).exists():
+    if (folder / RECIPE).exists():
         raise UserError(f"{folder} holds a run already; go on with --resume, or choose another --out")
     _check_data(recipe, train_data)
     _check_data(recipe, val_data)
     torch.manual_seed(recipe.train.seed)
     run = _assemble(recipe, folder, train_data, val_data, device, build_model(recipe.model, impl=impl))
-    write_text(folder / "recipe.toml", recipe_toml(recipe))
+    write_text(folder / RECIPE, recipe_toml(recipe))
     return run
 
 
@@ -138,6 +146,8 @@ def resume_run(
     load_state(folder, run.optimizer, checkpoint.iteration)
     run.iteration = checkpoint.iteration
     run.best_miou = checkpoint.best_miou
+    run.validation_due = checkpoint.validation_due
+    write_text(folder / RECIPE, recipe_toml(recipe))
     return run
 
 
@@ -178,49 +188,73 @@ def train(run: Run, *, workers: int = 0, should_stop: Callable[[], bool] = lambd
     if config.class_weights is not None:
         weights_K = torch.tensor(config.class_weights, device=run.device)
     batches = training_batches(
-        run.train_data, run.recipe, start=run.iteration, stop=config.iterations, workers=workers
+        run.train_data,
+        run.recipe,
+        start=run.iteration,
+        stop=config.iterations,
+        workers=workers,
+        pin_memory=run.device.type == "cuda",
     )
     with RunLog(run.folder, since=run.iteration) as log, closing(batches):
-        began = time.perf_counter()
+        if run.validation_due:  # it was stopped in the middle of one
+            yield from _validate(run, log, should_stop)
+            save_run(run)
+            if run.validation_due:
+                yield Stopped(run.iteration)
+                return
+        images_per_second, began, since = 0.0, time.perf_counter(), run.iteration
         for batch in batches:
             losses = _step(run, batch, weights_K)
-            elapsed, began = time.perf_counter() - began, time.perf_counter()
-            step = Step(
-                iteration=run.iteration,
-                losses=losses,
-                learning_rate=run.optimizer.param_groups[0]["lr"],
-                images_per_second=config.batch_size / elapsed,
-            )
-            if run.iteration % LOG_EVERY == 0 or run.iteration in (1, config.iterations):
-                _check_finite(run, batch, losses)
-                log.write(_step_values(step))
-            yield step
             done = run.iteration == config.iterations
-            if done or run.iteration % config.validate_every == 0:
-                report = yield from _validate(run, should_stop)
-                if report is not None:
-                    yield _keep_best(run, report, log)
-            stopped = should_stop()
-            if done or stopped or run.iteration % config.checkpoint_every == 0:
+            if done or run.iteration == 1 or run.iteration % LOG_EVERY == 0:
+                _check_finite(
+                    run, batch, losses
+                )  # waits for the device: only now is the time of the steps known
+                num_images = config.batch_size * (run.iteration - since)
+                images_per_second = num_images / (time.perf_counter() - began)
+                log.write(_step_values(run, losses, images_per_second))
+                began, since = time.perf_counter(), run.iteration
+            yield Step(run.iteration, losses, _learning_rate(run), images_per_second)
+            if is_validated:
+                run.validation_due = True
+                yield from _validate(run, log, should_stop)
+                began, since = time.perf_counter(), run.iteration
+            stopped = run.validation_due or (should_stop() and not done)
+            if is_saved or stopped:
                 save_run(run)
+                began, since = time.perf_counter(), run.iteration
             if stopped:
                 yield Stopped(run.iteration)
                 return
-            began = time.perf_counter()
 
 
 def _step(run: Run, batch: Batch, class_weights_K: torch.Tensor | None) -> Losses:
     torch.manual_seed(_step_seed(run.recipe.train.seed, run.iteration))
     run.model.train()
     set_learning_rate(run.optimizer, run.iteration, run.recipe.train)
-    output = run.model(batch.images_B3HW.to(run.device, non_blocking=True))
-    labels_BHW = batch.labels_BHW.to(run.device, non_blocking=True)
-    losses = training_losses(output, labels_BHW, run.recipe.train, class_weights_K)
-    run.optimizer.zero_grad(set_to_none=True)
-    losses.total.backward()
-    run.optimizer.step()
+    images_B3HW = batch.images_B3HW.to(run.device, non_blocking=True)
+    labels_BHW = batch.labels_BHW.to(run.device, non_blocking=True).long()
+    with explained_shortage("use a smaller --batch or augment.crop"):
+        try:
+            output = run.model(images_B3HW)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                "BatchNorm needs more than one value per channel: raise train.batch_size to 2 or more, "
+                "or augment.crop"
+            ) from None
+        losses = training_losses(output, labels_BHW, run.recipe.train, class_weights_K)
+        run.optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        run.optimizer.step()
     run.iteration += 1
     return losses.detached()
+
+
+def _learning_rate(run: Run) -> float:
+    """The encoder's."""
+    return float(run.optimizer.param_groups[0]["lr"])
 
 
 def _step_seed(seed: int, iteration: int) -> int:
@@ -233,12 +267,12 @@ def _check_finite(run: Run, batch: Batch, losses: Losses) -> None:
     if not math.isfinite(total):
         raise UserError(
             f"the loss is {total} at iteration {run.iteration} (batch of {', '.join(batch.names[:4])}, ...); "
-            f"lower train.learning_rate, and go on from the last checkpoint with --resume --out {run.folder}"
+            "start anew with a lower train.learning_rate"
         )
 
 
-def _validate(run: Run, should_stop: Callable[[], bool]) -> Generator[Validating, None, Report | None]:
-    """Yields progress; returns the report, or None when it was stopped."""
+def _validate(run: Run, log: RunLog, should_stop: Callable[[], bool]) -> Iterator[Validating | Validated]:
+    """Score the model, keep it if it is the best, and clear `validation_due`, unless it is stopped before."""
     tally = Tally(run.val_data.classes)
     results = evaluate_images(
         run.model,
@@ -251,29 +285,17 @@ def _validate(run: Run, should_stop: Callable[[], bool]) -> Generator[Validating
     with closing(results):
         for _ in results:
             yield Validating(tally.num_images, len(run.val_data))
-            if should_stop():
-                return None
-    return tally.report()
-
-
-def _keep_best(run: Run, report: Report, log: RunLog) -> Validated:
-    values = report_values(report)
+            if should_stop() and tally.num_images < len(run.val_data):
+                return
+    report = tally.report()
     miou = 0.0 if math.isnan(report.scores.miou) else report.scores.miou
     is_best = run.best_miou is None or miou > run.best_miou
+    run.validation_due = False
     if is_best:
         run.best_miou = miou
         _save(run, BEST)
-    kept = ("miou", "macc", "aacc", "loss", "images")
-    log.write(
-        {
-            "kind": "validation",
-            "iteration": run.iteration,
-            **{key: values[key] for key in kept},
-            "iou": {c["name"]: c["iou"] for c in values["classes"]},
-            "best": is_best,
-        }
-    )
-    return Validated(run.iteration, report, is_best)
+    log.write(_validation_values(run.iteration, report, is_best))
+    yield Validated(run.iteration, report, is_best)
 
 
 def save_run(run: Run) -> None:
@@ -295,11 +317,11 @@ def _save(run: Run, name: str) -> None:
         classes=run.train_data.classes,
         iteration=run.iteration,
         best_miou=run.best_miou,
+        validation_due=run.validation_due,
     )
 
 
-def _step_values(step: Step) -> dict[str, object]:
-    losses = step.losses
+def _step_values(run: Run, losses: Losses, images_per_second: float) -> dict[str, object]:
     parts = {"loss": losses.total, "loss_seg": losses.segmentation}
     if losses.attention is not None:
         parts["loss_attn"] = losses.attention
@@ -307,8 +329,19 @@ def _step_values(step: Step) -> dict[str, object]:
         parts["loss_aux"] = losses.auxiliary
     return {
         "kind": "train",
-        "iteration": step.iteration,
+        "iteration": run.iteration,
         **{name: part.item() for name, part in parts.items()},
-        "lr": step.learning_rate,
-        "images_per_s": round(step.images_per_second, 2),
+        "lr": _learning_rate(run),
+        "images_per_s": round(images_per_second, 2),
+    }
+
+
+def _validation_values(iteration: int, report: Report, is_best: bool) -> dict[str, object]:
+    values = report_values(report)
+    return {
+        "kind": "validation",
+        "iteration": iteration,
+        **{key: values[key] for key in ("miou", "macc", "aacc", "loss", "images")},
+        "iou": {c["name"]: c["iou"] for c in values["classes"]},
+        "best": is_best,
     }
