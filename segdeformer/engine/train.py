@@ -206,10 +206,12 @@ def train(run: Run, *, workers: int = 0, should_stop: Callable[[], bool] = lambd
         for batch in batches:
             losses = _step(run, batch, weights_K)
             done = run.iteration == config.iterations
-            if done or run.iteration == 1 or run.iteration % LOG_EVERY == 0:
-                _check_finite(
-                    run, batch, losses
-                )  # waits for the device: only now is the time of the steps known
+            is_validated = done or run.iteration % config.validate_every == 0
+            is_saved = done or run.iteration % config.checkpoint_every == 0
+            is_logged = done or run.iteration == 1 or run.iteration % LOG_EVERY == 0
+            if is_logged or is_validated or is_saved:
+                _check_finite(run, batch, losses)
+            if is_logged:  # the check has waited for the device: now the time of the steps is known
                 num_images = config.batch_size * (run.iteration - since)
                 images_per_second = num_images / (time.perf_counter() - began)
                 log.write(_step_values(run, losses, images_per_second))
