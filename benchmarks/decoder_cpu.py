@@ -2,8 +2,8 @@
 
     python benchmarks/decoder_cpu.py [--model b1] [--size 512] [--classes 150] [--repeats 5]
 
-The same weights run in three ways: `ours` (scaled_dot_product_attention, exact low-rank external stage),
-`textbook` (Eqs. 5-7 as printed, every N x N matrix held), and `segformer` (no context, for scale).
+Three ways: `ours` (scaled_dot_product_attention, exact low-rank external stage) and `textbook` (Eqs. 5-7 as
+printed, every N x N matrix held) with the same weights, and `segformer` (no context) for scale.
 Times alternate in one process, so that drift hits all alike; each peak memory is a process of its own.
 """
 
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -31,8 +32,18 @@ from segdeformer.models.segmenter import Segmenter, build_model
 WAYS = ("ours", "textbook", "segformer")
 
 
+class Memory(NamedTuple):
+    before_mib: float  # resident set when the model is built
+    peak_mib: float  # of the whole process
+
+
+class Times(NamedTuple):
+    seconds: dict[str, list[float]]  # per forward pass
+    difference: float  # largest of ours and textbook's logits, relative to the largest logit
+
+
 def build(way: str, model: str, num_classes: int) -> Segmenter:
-    """The B-model in one of the three ways, with the same random weights where they share them."""
+    """The B-model in one of the three ways; the first two get equal random weights."""
     base = load_recipe(f"ade20k-segformer-{model}").model
     context = ContextConfig(projection="affine", internal=InternalConfig(), external=ExternalConfig())
     config: ModelConfig = base.model_copy(
@@ -53,18 +64,19 @@ def image(size: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def peak_mib(way: str, arguments: argparse.Namespace) -> tuple[float, float]:
-    """Resident set before the forward pass and its peak after, in MiB; meant for a fresh process."""
+def memory(way: str, arguments: argparse.Namespace) -> Memory:
+    """Memory of one forward pass; meant for a fresh process."""
     model, x = build(way, arguments.model, arguments.classes), image(arguments.size)
     model(image(64))  # libraries allocate their own on first use
-    before = peak_resident_mib()
+    with open("/proc/self/statm") as statm:
+        before_mib = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
     model(x)
-    return before, peak_resident_mib()
+    return Memory(before_mib, peak_resident_mib())
 
 
 @torch.inference_mode()
-def times_s(arguments: argparse.Namespace) -> tuple[dict[str, list[float]], float]:
-    """Seconds per forward pass, the ways in alternation, and the largest difference of the logits."""
+def measure(arguments: argparse.Namespace) -> Times:
+    """Every way in alternation."""
     models = {way: build(way, arguments.model, arguments.classes) for way in WAYS}
     x = image(arguments.size)
     first = {way: model(x).logits_BKhw for way, model in models.items()}  # warm-up
@@ -75,11 +87,18 @@ def times_s(arguments: argparse.Namespace) -> tuple[dict[str, list[float]], floa
             began = time.perf_counter()
             model(x)
             taken[way].append(time.perf_counter() - began)
-    return taken, difference.item()
+    return Times(taken, difference.item())
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU"
+    )
 
 
 def commit() -> str:
-    answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    answer = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
     return answer.stdout.strip() or "unknown"
 
 
@@ -93,31 +112,31 @@ def main() -> None:
     parser.add_argument("--peak-of", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak_of:
-        print(json.dumps(peak_mib(arguments.peak_of, arguments)))
+        print(json.dumps(memory(arguments.peak_of, arguments)))
         return
 
-    taken, difference = times_s(arguments)
-    peaks = {}
+    taken, difference = measure(arguments)
+    memories: dict[str, Memory] = {}
     for way in WAYS:
         command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", way]
         answer = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks[way] = json.loads(answer.stdout.splitlines()[-1])
-    textbook_s, textbook_mib = statistics.median(taken["textbook"]), peaks["textbook"][1]
+        memories[way] = Memory(*json.loads(answer.stdout.splitlines()[-1]))
+    textbook_s, textbook_mib = statistics.median(taken["textbook"]), memories["textbook"].peak_mib
     rows = {
         way: {
             "median_s": round(statistics.median(taken[way]), 4),
             "min_s": round(min(taken[way]), 4),
             "times_faster_than_textbook": round(textbook_s / statistics.median(taken[way]), 2),
-            "peak_mib": round(peaks[way][1]),
-            "peak_above_model_mib": round(peaks[way][1] - peaks[way][0]),
-            "share_of_textbook_peak": round(peaks[way][1] / textbook_mib, 3),
+            "peak_mib": round(memories[way].peak_mib),
+            "peak_above_model_mib": round(memories[way].peak_mib - memories[way].before_mib),
+            "share_of_textbook_peak": round(memories[way].peak_mib / textbook_mib, 3),
         }
         for way in WAYS
     }
     result = {
         "what": f"SegDeformer-{arguments.model.upper()} affine, {arguments.classes} classes, batch 1, "
         f"{arguments.size}x{arguments.size}, float32, forward to 1/4 logits",
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "hardware": f"{cpu_name()}, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
