@@ -31,14 +31,15 @@ def eval_command(
     impl: ImplName = "auto",
 ) -> None:
     """Score a checkpoint: mIoU, mAcc, aAcc and per-class IoU, and the protocol they belong to."""
-    from segdeformer.cli.options import changed_protocol, check_impl
+    from segdeformer.cli.options import changed_protocol, checked_impl
     from segdeformer.data.datasets import open_dataset, parse_data_spec
     from segdeformer.engine.checkpoint import find_checkpoint, load
     from segdeformer.engine.device import choose_device
     from segdeformer.engine.evaluate import ImageResult, Tally, check_same_classes, evaluate_images
     from segdeformer.engine.scorecard import write_scorecard
+    from segdeformer.kernels.impl import describe_impl
 
-    chosen, resolved = choose_device(device), check_impl(impl)
+    chosen, resolved = choose_device(device), checked_impl(impl)
     path = find_checkpoint(checkpoint)
     loaded = load(path, device=chosen, impl=resolved)
     recipe = loaded.checkpoint.recipe
@@ -60,7 +61,9 @@ def eval_command(
     console = make_console()
     console.print(f"{path} (iteration {loaded.checkpoint.iteration:,}) on {config.name} {config.val_split}")
     console.print(f"protocol: {protocol_line(protocol)}")
-    console.print(f"device {chosen}, attention {resolved}", style="dim")
+    console.print(
+        f"device {chosen}, attention {describe_impl(resolved, chosen, training=False)}", style="dim"
+    )
     shown = shown_indices(len(dataset)) if picture is not None else []
     drawn: list[ImageResult] = []
     tally = Tally(dataset.classes)

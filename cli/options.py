@@ -11,11 +11,11 @@ from segdeformer.errors import UsageError
 
 if TYPE_CHECKING:
     from segdeformer.config import EvalConfig
-    from segdeformer.kernels.impl import ResolvedImpl
+    from segdeformer.kernels.impl import Impl
 
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
 ImplName = Annotated[
-    str, typer.Option("--impl", help="Implementation of the attention: auto, sdpa or reference.")
+    str, typer.Option("--impl", help="Implementation of the attention: auto, sdpa, blocks or reference.")
 ]
 Mode = Annotated[
     str | None, typer.Option(help="whole image, or slide a window; default: as the recipe says.")
@@ -34,12 +34,12 @@ CheckpointArgument = Annotated[
 ]
 
 
-def check_impl(name: str) -> ResolvedImpl:
-    """The implementation's resolved name; raises `UsageError` for one that cannot run."""
-    from segdeformer.kernels.impl import resolve_impl
+def checked_impl(name: str) -> Impl:
+    """The implementation's name; raises `UsageError` for one that cannot run."""
+    from segdeformer.kernels.impl import check_impl
 
     try:
-        return resolve_impl(name)
+        return check_impl(name)
     except ValueError as error:
         raise UsageError(f"--{error}") from None
 

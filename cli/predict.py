@@ -30,12 +30,13 @@ def predict_command(
     impl: ImplName = "auto",
 ) -> None:
     """Predict images of any size: <name>.png holds one class id per pixel, at the input's own size."""
-    from segdeformer.cli.options import changed_protocol, check_impl
+    from segdeformer.cli.options import changed_protocol, checked_impl
     from segdeformer.data.images import read_image
     from segdeformer.engine.checkpoint import find_checkpoint, load
     from segdeformer.engine.device import choose_device
     from segdeformer.engine.predict import predict_image
     from segdeformer.errors import UserError
+    from segdeformer.kernels.impl import describe_impl
     from segdeformer.report.predictions import Kind, plan_jobs, write_prediction
 
     kinds: list[Kind] = []
@@ -44,7 +45,7 @@ def predict_command(
     if confidence:
         kinds.append("confidence")
     jobs = plan_jobs(images, out, kinds=kinds)
-    chosen, resolved = choose_device(device), check_impl(impl)
+    chosen, resolved = choose_device(device), checked_impl(impl)
     loaded = load(find_checkpoint(checkpoint), device=chosen, impl=resolved)
     recipe = loaded.checkpoint.recipe
     protocol = changed_protocol(recipe.evaluate, mode=mode, scales=scales, flip=flip)
@@ -54,7 +55,8 @@ def predict_command(
     from segdeformer.cli.show import make_console, protocol_line
 
     console = make_console()
-    console.print(f"{loaded.checkpoint.path}, {len(jobs)} images, device {chosen}, attention {resolved}")
+    attention = describe_impl(resolved, chosen, training=False)
+    console.print(f"{loaded.checkpoint.path}, {len(jobs)} images, device {chosen}, attention {attention}")
     console.print(f"protocol: {protocol_line(protocol)}", style="dim")
     failed: list[UserError] = []
     written: list[Path] = []

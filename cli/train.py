@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from segdeformer.config import DataConfig, Recipe
     from segdeformer.engine.train import Run, Validated
+    from segdeformer.kernels.impl import Impl
 
 # When only --data is said, the recipe of this name trains. The other data sets' recipes need pretrained
 # encoders, so there the recipe is the user's choice.
@@ -58,7 +59,7 @@ def train_command(
     ] = False,
 ) -> None:
     """Train. Without arguments: the default recipe on the landcover data that comes with the package."""
-    from segdeformer.cli.options import check_impl
+    from segdeformer.cli.options import checked_impl
     from segdeformer.cli.show import make_console
     from segdeformer.config import load_recipe
     from segdeformer.data.datasets import open_dataset, parse_data_spec
@@ -67,7 +68,7 @@ def train_command(
     from segdeformer.engine.train import resume_run, start_run
     from segdeformer.errors import UsageError, UserError
 
-    chosen, resolved = choose_device(device), check_impl(impl)
+    chosen, resolved = choose_device(device), checked_impl(impl)
     given = parse_data_spec(data) if data is not None else None
     if resume:
         if recipe is not None or seed is not None or batch is not None or weights is not None:
@@ -187,10 +188,12 @@ def _choose_workers(wanted: int | None) -> int:
     return 0 if cores <= 2 else min(8, cores // 2)
 
 
-def _introduce(console: Console, run: Run, base: Recipe, impl: str) -> None:
+def _introduce(console: Console, run: Run, base: Recipe, impl: Impl) -> None:
     from segdeformer.cli.show import groups_table, schedule_line
+    from segdeformer.kernels.impl import describe_impl
 
     recipe = run.recipe
+    attention = describe_impl(impl, run.device, training=True)
     console.print(f"{recipe.name}: {recipe.description}", style="bold")
     for change in _changes(base.model_dump(), recipe.model_dump()):
         console.print(f"  changed {change}", style="yellow")
@@ -199,7 +202,7 @@ def _introduce(console: Console, run: Run, base: Recipe, impl: str) -> None:
         f"data {data.name}: {len(data):,} training and {len(run.val_data):,} validation images, "
         f"{recipe.model.num_classes} classes"
     )
-    console.print(f"device {run.device}, attention {impl}, run folder {run.folder}")
+    console.print(f"device {run.device}, attention {attention}, run folder {run.folder}")
     if run.model.weights_report is not None:
         for line in run.model.weights_report.lines():
             console.print(line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from segdeformer.kernels.impl import Impl, resolve_impl
+from segdeformer.kernels.impl import Impl, choose_impl
 
 
 def attention(
@@ -17,9 +17,15 @@ def attention(
     Raises `ValueError` when the three shapes do not belong together.
     """
     check_attention_shapes(queries_BND, keys_BMD, values_BME)
-    if resolve_impl(impl) == "reference":
-        return attention_reference(queries_BND, keys_BMD, values_BME, scale=scale)
-    return _attention_sdpa(queries_BND, keys_BMD, values_BME, scale=scale)
+    match choose_impl(impl, queries_BND, keys_BMD):
+        case "reference":
+            return attention_reference(queries_BND, keys_BMD, values_BME, scale=scale)
+        case "blocks":
+            from segdeformer.kernels.attention_blocks import attention_blocks
+
+            return attention_blocks(queries_BND, keys_BMD, values_BME, scale=scale)
+        case "sdpa":
+            return _attention_sdpa(queries_BND, keys_BMD, values_BME, scale=scale)
 
 
 def attention_reference(queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, *, scale: float) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from segdeformer.kernels.attention import attention
-from segdeformer.kernels.impl import Impl, resolve_impl
+from segdeformer.kernels.impl import Impl
 
 
 def external_attention(
@@ -26,10 +26,10 @@ def external_attention(
             f"scores have shape {tuple(scores_BNK.shape)}, middle logits {tuple(middle_BNK.shape)}; "
             "both must be (B, N, K)"
         )
-    if resolve_impl(impl) == "reference":
+    if impl == "reference":
         return external_attention_reference(scores_BNK, middle_BNK, scale=scale)
     probabilities_BNK = middle_BNK.softmax(dim=-1).to(scores_BNK.dtype)
-    return attention(scores_BNK, probabilities_BNK, probabilities_BNK, scale=scale, impl="sdpa")
+    return attention(scores_BNK, probabilities_BNK, probabilities_BNK, scale=scale, impl=impl)
 
 
 def external_attention_reference(scores_BNK: Tensor, middle_BNK: Tensor, *, scale: float) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from segdeformer.kernels.impl import Impl, resolve_impl
+from segdeformer.kernels.impl import Impl, check_impl
 
 Average = Literal["valid", "all"]
 
@@ -36,7 +36,7 @@ def upsample_cross_entropy(
         )
     if average not in ("valid", "all"):
         raise ValueError(f"average is `{average}`; expected `valid` or `all`")
-    resolve_impl(impl)  # the reference is all there is yet, and it is right for every choice that resolves
+    check_impl(impl)  # the reference is all there is yet, and it is right for every choice that resolves
     return upsample_cross_entropy_reference(
         logits_BKhw,
         labels_BHW,

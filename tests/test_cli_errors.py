@@ -102,7 +102,7 @@ RESUME = "--resume goes on with the run's own recipe; leave out RECIPE and its c
         (["synthetic", "--device", "tpu"], f"device is `tpu`; {DEVICES}"),
         (["synthetic", "--device", "meta"], f"device is `meta`; {DEVICES}"),
         (["synthetic", "--device", "cuda:x"], f"device is `cuda:x`; {DEVICES}"),
-        (["synthetic", "--impl", "fast"], "--impl is `fast`; expected one of auto, triton, sdpa, reference"),
+        (["synthetic", "--impl", "fast"], "--impl is `fast`; expected one of auto, triton, sdpa, blocks, reference"),
         (["--resume", "synthetic"], RESUME),
         (["--resume", "--batch", "3"], RESUME),
         (["--resume", "--seed", "0"], RESUME),
@@ -135,7 +135,7 @@ def test_wrong_options_of_train_are_explained_and_start_nothing(arguments, messa
         ("--scales", "1;2", "--scales 1;2: expected numbers such as 0.5,1.0,1.5"),
         ("--scales", "1,0", "--scales: Input should be greater than 0; got 0.0"),
         ("--device", "gpu", f"device is `gpu`; {DEVICES}"),
-        ("--impl", "", "--impl is ``; expected one of auto, triton, sdpa, reference"),
+        ("--impl", "", "--impl is ``; expected one of auto, triton, sdpa, blocks, reference"),
     ],
 )
 def test_wrong_options_of_eval_and_predict_are_explained(option, value, message, checkpoint, tmp_path):

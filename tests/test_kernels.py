@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from segdeformer.kernels.attention import attention, attention_reference
+from segdeformer.kernels.attention_blocks import attention_blocks
 from segdeformer.kernels.external_attention import external_attention, external_attention_reference
-from segdeformer.kernels.impl import resolve_impl
+from segdeformer.kernels.impl import check_impl, choose_impl
 from segdeformer.kernels.rows import upsample_rows
 from segdeformer.kernels.upsample_cross_entropy import upsample_cross_entropy
 
@@ -36,7 +37,7 @@ def assert_no_worse(ours, eager, oracle):
 
 
 @pytest.mark.parametrize(("n", "m", "d", "e"), SIZES)
-@pytest.mark.parametrize("impl", ["sdpa", "reference"])
+@pytest.mark.parametrize("impl", ["sdpa", "blocks", "reference"])
 def test_attention_equals_the_sum_written_out(n, m, d, e, impl):
     q, k, v = random(2, n, d), random(2, m, d, seed=1), random(2, m, e, seed=2)
     oracle = explicit_attention(q, k, v, d**-0.5)
@@ -64,7 +65,7 @@ def test_attention_gradients_are_no_worse_than_the_textbook_form(n, m, d, e):
         assert_no_worse(ours, eager, oracle)
 
 
-@pytest.mark.parametrize("impl", ["sdpa", "reference"])
+@pytest.mark.parametrize("impl", ["sdpa", "blocks", "reference"])
 def test_equal_scores_give_the_mean_and_large_scores_stay_finite(impl):
     values = random(1, 7, 5)
     mean = attention(torch.zeros(1, 3, 4), random(1, 7, 4), values, scale=1.0, impl=impl)
@@ -119,12 +120,39 @@ def test_references_pass_gradcheck():
     assert torch.autograd.gradcheck(lambda *x: external_attention_reference(*x, scale=0.5), (a, b))
 
 
-def test_impl_is_resolved_by_name_only():
-    assert [resolve_impl(n) for n in ("auto", "sdpa", "reference")] == ["sdpa", "sdpa", "reference"]
+def test_impl_is_chosen_by_name_and_a_fixed_rule():
+    small, large = torch.zeros(1, 8, 4), torch.zeros(1, 2048, 4)
+    assert [choose_impl(n, large, large) for n in ("sdpa", "blocks", "reference")] == [
+        "sdpa",
+        "blocks",
+        "reference",
+    ]
+    assert choose_impl("auto", large, large) == "sdpa"  # gradients may be wanted
+    with torch.inference_mode():
+        assert choose_impl("auto", large, large) == "blocks"
+        assert choose_impl("auto", small, large) == "sdpa"
+        assert choose_impl("auto", large.double(), large.double()) == "sdpa"
     with pytest.raises(ValueError, match="`triton` is not in this version"):
-        resolve_impl("triton")
+        check_impl("triton")
     with pytest.raises(ValueError, match="impl is `cuda`; expected one of auto"):
-        resolve_impl("cuda")
+        check_impl("cuda")
+
+
+@pytest.mark.parametrize(("n", "m", "d", "e"), [(1500, 2049, 19, 32), (1024, 1025, 64, 17), (1, 3000, 8, 8)])
+def test_blocks_with_ragged_edges_equal_float64(n, m, d, e):
+    q, k, v = 3 * random(2, n, d), 3 * random(2, m, d, seed=1), random(2, m, e, seed=2)
+    oracle = attention_reference(q.double(), k.double(), v.double(), scale=d**-0.5)
+    assert_no_worse(
+        attention_blocks(q, k, v, scale=d**-0.5), attention_reference(q, k, v, scale=d**-0.5), oracle
+    )
+
+
+def test_blocks_refuse_to_drop_gradients():
+    q = torch.zeros(1, 2, 3, requires_grad=True)
+    with pytest.raises(ValueError, match="`blocks` has no gradients"):
+        attention(q, q, q, scale=1.0, impl="blocks")
+    with torch.no_grad():
+        assert attention(q, q, q, scale=1.0, impl="blocks").abs().max() == 0
 
 
 @pytest.mark.parametrize("average", ["valid", "all"])

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from segdeformer.config import ModelConfig
-from segdeformer.kernels.impl import Impl, resolve_impl
+from segdeformer.kernels.impl import Impl, check_impl
 from segdeformer.models.context import Context, ExternalForm, build_context
 from segdeformer.models.encoders import Encoder, build_encoder
 from segdeformer.models.fusion import MLPFusion, build_fusion
@@ -123,7 +123,7 @@ def build_decoder(
             config.context,
             width=config.fusion.width,
             num_classes=config.num_classes,
-            impl=resolve_impl(impl),
+            impl=check_impl(impl),
             external_form=external_form,
         )
     return SegDeformer(
