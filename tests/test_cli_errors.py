@@ -102,7 +102,10 @@ RESUME = "--resume goes on with the run's own recipe; leave out RECIPE and its c
         (["synthetic", "--device", "tpu"], f"device is `tpu`; {DEVICES}"),
         (["synthetic", "--device", "meta"], f"device is `meta`; {DEVICES}"),
         (["synthetic", "--device", "cuda:x"], f"device is `cuda:x`; {DEVICES}"),
-        (["synthetic", "--impl", "fast"], "--impl is `fast`; expected one of auto, triton, sdpa, blocks, reference"),
+        (
+            ["synthetic", "--impl", "fast"],
+            "--impl is `fast`; expected one of auto, triton, sdpa, blocks, reference",
+        ),
         (["--resume", "synthetic"], RESUME),
         (["--resume", "--batch", "3"], RESUME),
         (["--resume", "--seed", "0"], RESUME),
