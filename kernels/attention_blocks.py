@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The fastest of 512 to 2048 by 512 to 2048 at N = M = 16384, widths 256 and 150, on two cores: 8 MiB of scores.
+# 8 MiB of scores: the fastest of 512 to 2048 by 512 to 2048 at N = M = 16384, widths 256 and 150, two cores.
 BLOCK_ROWS, BLOCK_COLUMNS = 2048, 1024
 
 
