@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # When only --data is said, the recipe of this name trains. The other data sets' recipes need pretrained
 # encoders, so there the recipe is the user's choice.
 DATA_WITH_OWN_RECIPE = ("landcover", "synthetic", "folder")
+HIGHEST_FINE_TUNING_RATE = 2e-4
 
 
 @one_line_errors
@@ -65,6 +66,7 @@ def train_command(
     from segdeformer.data.datasets import open_dataset, parse_data_spec
     from segdeformer.engine.checkpoint import LAST, newest_run, read_checkpoint
     from segdeformer.engine.device import choose_device
+    from segdeformer.engine.evaluate import check_same_classes
     from segdeformer.engine.train import resume_run, start_run
     from segdeformer.errors import UsageError, UserError
 
@@ -76,8 +78,10 @@ def train_command(
         out = out or newest_run()
         if not (out / LAST).is_file():
             raise UserError(f"{out} holds no {LAST} to go on with; start it without --resume")
-        base = read_checkpoint(out / LAST).recipe
+        checkpoint = read_checkpoint(out / LAST)
+        base = checkpoint.recipe
     else:
+        checkpoint = None
         base = load_recipe(recipe or _default_recipe(given.name if given else "landcover"))
     config = base.data
     if given is not None:
@@ -88,6 +92,8 @@ def train_command(
     if classes is not None:
         config = config.model_copy(update={"classes": str(classes.resolve())})
     train_data, val_data = open_dataset(config, "train"), open_dataset(config, "val")
+    if checkpoint is not None:
+        check_same_classes(checkpoint.classes, train_data, str(checkpoint.path))
     # data of the user's choice brings its own number of classes, but a run keeps its own
     takes_classes = given is not None and not resume
     changed = _changed_recipe(
@@ -106,9 +112,10 @@ def train_command(
     begin = resume_run if resume else start_run
     try:
         run = begin(changed, folder, train_data=train_data, val_data=val_data, device=chosen, impl=resolved)
-    except UserError:
+    except BaseException:
         if claimed is not None:
-            claimed.rmdir()
+            with contextlib.suppress(OSError):  # it may hold the recipe already
+                claimed.rmdir()
         raise
 
     console = make_console()
@@ -206,6 +213,12 @@ def _introduce(console: Console, run: Run, base: Recipe, impl: Impl) -> None:
     if run.model.weights_report is not None:
         for line in run.model.weights_report.lines():
             console.print(line)
+    if recipe.model.encoder.weights != "none" and recipe.train.learning_rate > HIGHEST_FINE_TUNING_RATE:
+        console.print(
+            f"note: a pretrained encoder at a learning rate of {recipe.train.learning_rate:g}; fine-tuning "
+            "usually takes 6e-5 and decoder_lr_multiplier 10, as the recipe folder-pretrained does",
+            style="yellow",
+        )
     console.print(groups_table(run.groups, recipe.train))
     console.print(schedule_line(recipe.train))
     if run.iteration:
