@@ -80,7 +80,7 @@ def eval_command(
         if index in shown:
             drawn.append(result)
     report = tally.report()
-    console.print(scores_table(report))
+    console.print(scores_table(report), soft_wrap=False)
     console.print(scores_line(report), style="bold")
     if json_file is not None:
         write_scorecard(

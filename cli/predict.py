@@ -72,7 +72,7 @@ def predict_command(
         except UserError as error:  # one bad image does not cost the others
             failed.append(error)
     for path in written[:6]:
-        console.print(f"  {path}", soft_wrap=True)
+        console.print(f"  {path}")
     if len(written) > 6:
         console.print(f"  ... {len(written)} files in {out}")
     if failed:

@@ -29,4 +29,4 @@ def recipes_command(
     for recipe in map(load_recipe, recipe_names()):
         reported = recipe.reported.miou if recipe.reported else None
         table.add_row(recipe.name, recipe.description, "" if reported is None else f"{reported:.2f}")
-    make_console().print(table)
+    make_console().print(table, soft_wrap=False)

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
 
 def make_console() -> Console:
-    """A console that prints names and paths as they are: brackets are no markup, numbers no colours."""
-    return Console(markup=False, highlight=False)
+    """A console that prints names and paths as they are: no markup, no colours in numbers, no line breaks.
+
+    Tables are wrapped to the terminal by `soft_wrap=False`.
+    """
+    return Console(markup=False, highlight=False, soft_wrap=True)
 
 
 def groups_table(groups: Sequence[ParameterGroup], config: TrainConfig) -> Table:

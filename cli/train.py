@@ -219,7 +219,7 @@ def _introduce(console: Console, run: Run, base: Recipe, impl: Impl) -> None:
             "usually takes 6e-5 and decoder_lr_multiplier 10, as the recipe folder-pretrained does",
             style="yellow",
         )
-    console.print(groups_table(run.groups, recipe.train))
+    console.print(groups_table(run.groups, recipe.train), soft_wrap=False)
     console.print(schedule_line(recipe.train))
     if run.iteration:
         console.print(f"goes on after iteration {run.iteration:,}")
@@ -306,7 +306,7 @@ def _finish(console: Console, run: Run, best: Validated | None) -> None:
     picture = run.folder / "validation.png"
     line = scores_line(report)
     write_sheet(picture, results, report.classes, headline=f"{recipe.name}: {line}")
-    console.print(scores_table(report))
+    console.print(scores_table(report), soft_wrap=False)
     console.print(f"iteration {read_checkpoint(path).iteration:,}: {line}", style="bold")
-    console.print(f"picture:    {picture}", soft_wrap=True)
-    console.print(f"checkpoint: {path}", soft_wrap=True)
+    console.print(f"picture:    {picture}")
+    console.print(f"checkpoint: {path}")
