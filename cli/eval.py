@@ -61,9 +61,7 @@ def eval_command(
     console = make_console()
     console.print(f"{path} (iteration {loaded.checkpoint.iteration:,}) on {config.name} {config.val_split}")
     console.print(f"protocol: {protocol_line(protocol)}")
-    console.print(
-        f"device {chosen}, attention {describe_impl(resolved, chosen, training=False)}", style="dim"
-    )
+    console.print(f"device {chosen}, attention {describe_impl(resolved, chosen)}", style="dim")
     shown = shown_indices(len(dataset)) if picture is not None else []
     drawn: list[ImageResult] = []
     tally = Tally(dataset.classes)

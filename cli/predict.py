@@ -55,7 +55,7 @@ def predict_command(
     from segdeformer.cli.show import make_console, protocol_line
 
     console = make_console()
-    attention = describe_impl(resolved, chosen, training=False)
+    attention = describe_impl(resolved, chosen)
     console.print(f"{loaded.checkpoint.path}, {len(jobs)} images, device {chosen}, attention {attention}")
     console.print(f"protocol: {protocol_line(protocol)}", style="dim")
     failed: list[UserError] = []

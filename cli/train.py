@@ -200,7 +200,7 @@ def _introduce(console: Console, run: Run, base: Recipe, impl: Impl) -> None:
     from segdeformer.kernels.impl import describe_impl
 
     recipe = run.recipe
-    attention = describe_impl(impl, run.device, training=True)
+    attention = describe_impl(impl, run.device)
     console.print(f"{recipe.name}: {recipe.description}", style="bold")
     for change in _changes(base.model_dump(), recipe.model_dump()):
         console.print(f"  changed {change}", style="yellow")

@@ -42,10 +42,10 @@ def choose_impl(impl: Impl, queries_BND: Tensor, keys_BMD: Tensor) -> ChosenImpl
     return chosen
 
 
-def describe_impl(impl: Impl, device: torch.device, *, training: bool) -> str:
+def describe_impl(impl: Impl, device: torch.device) -> str:
     """The choice in words, for the terminal."""
     if impl != "auto":
         return impl
-    if device.type == "cpu" and not training:
-        return "auto (blocks for large maps, else sdpa)"
+    if device.type == "cpu":
+        return "auto (sdpa, and blocks for large maps without gradients)"
     return "auto (sdpa)"

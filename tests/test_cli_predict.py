@@ -2,13 +2,13 @@
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from click.testing import Result
 from typer.testing import CliRunner
 
 from segdeformer.cli.main import app
@@ -22,7 +22,7 @@ RUNNER = CliRunner(env={"COLUMNS": "200"})
 CLASSES = SyntheticDataset("val").classes
 
 
-def predict(*arguments: object) -> Result:
+def predict(*arguments: object) -> Any:
     return RUNNER.invoke(app, ["predict", *map(str, arguments)])
 
 
@@ -219,7 +219,8 @@ def test_a_folder_keeps_its_subfolders_and_other_files_are_left_out(checkpoint, 
     printed = succeeded(checkpoint, tmp_path / "in", single, "--out", tmp_path / "out")
     assert files_below(tmp_path / "out") == {"a.png", "sub/b.png", "sub/deep/a.png", "c.png"}
     assert (
-        f"{checkpoint}, 4 images, device cpu, attention auto (blocks for large maps, else sdpa)\n" in printed
+        f"{checkpoint}, 4 images, device cpu, attention auto (sdpa, and blocks for large maps without gradients)\n"
+        in printed
     )
     assert_predicts(tmp_path / "out/c.png", checkpoint, rgb_image(1))
 

@@ -10,17 +10,18 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from click.testing import Result
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from segdeformer.cli.main import app
 from segdeformer.cli.show import scores_line
+from segdeformer.cli.train import _new_folder
 from segdeformer.config import load_recipe
 from segdeformer.data.built_in import SyntheticDataset
 from segdeformer.engine import runlog
@@ -32,10 +33,11 @@ from segdeformer.report.sheet import write_sheet
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})
 CPU = torch.device("cpu")
+AUTO = "auto (sdpa, and blocks for large maps without gradients)"
 SHORT = ("train", "synthetic", "--iterations", 4, "--batch", 2, "--seed", 3, "--workers", 0)
 
 
-def segdeformer(*arguments: object) -> Result:
+def segdeformer(*arguments: object) -> Any:
     return RUNNER.invoke(app, [str(argument) for argument in arguments])
 
 
@@ -162,7 +164,7 @@ def test_what_is_printed_says_what_was_changed_who_learns_how_fast_and_where_the
         "changed train.validate_every: 10 -> 2",
         "changed train.checkpoint_every: 10 -> 2",
         "data synthetic: 64 training and 64 validation images, 5 classes",
-        f"device cpu, attention sdpa, run folder {folder}",
+        f"device cpu, attention {AUTO}, run folder {folder}",
         "parameters count learning rate weight decay",
         f"encoder {encoder - norms:,} 0.001 0.01",
         f"encoder norms, positions {norms:,} 0.001 0",
@@ -177,6 +179,36 @@ def test_what_is_printed_says_what_was_changed_who_learns_how_fast_and_where_the
 
 
 # Options.
+
+
+def test_classes_of_a_folder_that_cannot_be_written_to_lie_elsewhere_and_go_with_the_run(tmp_path):
+    data, run = with_three_classes(tmp_path / "data"), tmp_path / "run"
+    (data / "classes.toml").rename(tmp_path / "names.toml")
+    succeeded(
+        *("train", "--data", data, "--classes", tmp_path / "names.toml", "--iterations", 1, "--batch", 2),
+        *("--workers", 0, "--out", run),
+    )
+    assert load_recipe(str(run / "recipe.toml")).data.classes == str(tmp_path / "names.toml")
+    assert "mIoU" in succeeded("eval", run)
+
+
+def test_runs_that_start_in_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = {_new_folder("synthetic") for _ in range(3)}
+    assert len(folders) == 3
+    assert all(folder.is_dir() for folder in folders)
+
+
+def test_a_run_goes_on_with_moved_data_but_not_with_data_of_other_classes(tmp_path):
+    data, run = with_three_classes(tmp_path / "data"), tmp_path / "run"
+    succeeded("train", "--data", data, "--iterations", 1, "--batch", 2, "--workers", 0, "--out", run)
+    data.rename(tmp_path / "moved")
+    other = segdeformer("train", "--resume", "--out", run, "--data", "synthetic")
+    assert other.exit_code == 1
+    assert "predicts 3 classes, synthetic has 5" in other.stderr
+    succeeded("train", "--resume", "--out", run, "--data", tmp_path / "moved", "--iterations", 2)
+    assert load_recipe(str(run / "recipe.toml")).data.root == str(tmp_path / "moved")
+    assert load(run / LAST).checkpoint.iteration == 2
 
 
 def test_iterations_scale_warm_up_and_intervals_but_never_to_an_interval_of_zero(tmp_path):
