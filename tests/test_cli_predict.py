@@ -218,10 +218,7 @@ def test_a_folder_keeps_its_subfolders_and_other_files_are_left_out(checkpoint, 
     single = write_image(tmp_path / "elsewhere/c.png", rgb_image(1))
     printed = succeeded(checkpoint, tmp_path / "in", single, "--out", tmp_path / "out")
     assert files_below(tmp_path / "out") == {"a.png", "sub/b.png", "sub/deep/a.png", "c.png"}
-    assert (
-        f"{checkpoint}, 4 images, device cpu, attention auto (sdpa, and blocks for large maps without gradients)\n"
-        in printed
-    )
+    assert f"{checkpoint}, 4 images, device cpu, attention auto (sdpa, and blocks" in printed
     assert_predicts(tmp_path / "out/c.png", checkpoint, rgb_image(1))
 
 
