@@ -106,17 +106,15 @@ def train_command(
         seed=seed,
         weights=weights,
     )
-    claimed = _new_folder(changed.name) if out is None else None
-    folder = out or claimed
-    assert folder is not None
+    folder = out or _new_folder(changed.name)
     begin = resume_run if resume else start_run
+    run = None
     try:
         run = begin(changed, folder, train_data=train_data, val_data=val_data, device=chosen, impl=resolved)
-    except BaseException:
-        if claimed is not None:
+    finally:
+        if run is None and out is None:
             with contextlib.suppress(OSError):  # it may hold the recipe already
-                claimed.rmdir()
-        raise
+                folder.rmdir()
 
     console = make_console()
     _introduce(console, run, base, resolved)

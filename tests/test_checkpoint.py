@@ -1,15 +1,14 @@
 """Checkpoints are whole or absent, and a run that goes on from one is the run that was never stopped."""
 
-import contextlib
 import hashlib
 import itertools
 import os
-import resource
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from limits import no_file_above
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -72,17 +71,6 @@ def message_of(action, *arguments) -> str:
     assert caught.value.exit_code == 1
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-@contextlib.contextmanager
-def no_file_above(size_bytes: int):
-    """Writes past this size fail with EFBIG, as those on a full disk do with ENOSPC."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """What goes wrong is one line on stderr, without a traceback: exit code 2 for usage, 1 for the rest."""
 
-import contextlib
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -13,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from limits import no_file_above
 from typer.testing import CliRunner
 
 from segdeformer.cli.main import app
@@ -39,17 +38,6 @@ def refusal(*arguments: object, code: int) -> str:
 def write_image(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     assert cv2.imwrite(str(path), pixels)
-
-
-@contextlib.contextmanager
-def no_file_above(size_bytes: int):
-    """Writes past this size fail with EFBIG, as those on a full disk do with ENOSPC."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="module")

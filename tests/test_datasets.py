@@ -178,7 +178,7 @@ def test_a_missing_class_table_says_what_to_write(tmp_path):
     (tmp_path / "classes.toml").unlink()
     assert refusal(config) == (
         f"{tmp_path}/classes.toml: no such file; write the class names there, in the order of their ids: "
-        'names = ["road", "car"]'
+        'names = ["road", "car"], or name another file with --classes'
     )
 
 

@@ -169,7 +169,9 @@ def test_legend_is_sorted_by_share() -> None:
 
 def test_tiny_pictures_are_enlarged_by_a_whole_factor_without_new_colours() -> None:
     picture = noise(32, 20)
-    find(with_legend(picture, NAMES, COLORS, [0]), picture.repeat(8, axis=0).repeat(8, axis=1))
+    drawn, enlarged = with_legend(picture, NAMES, COLORS, [0]), picture.repeat(8, axis=0).repeat(8, axis=1)
+    top, left = find(drawn, enlarged)
+    np.testing.assert_array_equal(drawn[top : top + 256, left : left + 160], enlarged)
 
 
 def test_legend_grows_with_the_picture() -> None:

@@ -38,7 +38,8 @@ def load_classes(path: Path) -> ClassTable:
         values = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"{path}: no such file; write the class names there, in the order of their ids: {EXAMPLE}"
+            f"{path}: no such file; write the class names there, in the order of their ids: {EXAMPLE}, "
+            "or name another file with --classes"
         ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: cannot be read as TOML ({error}); expected a line like {EXAMPLE}") from None
