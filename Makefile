@@ -8,7 +8,7 @@ DEV := $(VENV)/dev
 
 demo: $(RUN)/installed  ## train, score and picture a SegDeformer in a few minutes, on a CPU too
 	$(RUN)/bin/segdeformer train landcover-demo
-	$(RUN)/bin/segdeformer eval --json runs/landcover-demo-scores.json
+	$(RUN)/bin/segdeformer eval --json runs/demo-scores.json --picture runs/demo-validation.png
 
 test: $(DEV)/installed  ## the whole test suite
 	$(DEV)/bin/python -m pytest
