@@ -62,7 +62,7 @@ def train_command(
     """Train. Without arguments: the default recipe on the landcover data that comes with the package."""
     from segdeformer.cli.options import checked_impl
     from segdeformer.cli.show import make_console
-    from segdeformer.config import load_recipe
+    from segdeformer.config import DEFAULT_RECIPE, load_recipe
     from segdeformer.data.datasets import open_dataset, parse_data_spec
     from segdeformer.engine.checkpoint import LAST, newest_run, read_checkpoint
     from segdeformer.engine.device import choose_device
@@ -82,7 +82,7 @@ def train_command(
         base = checkpoint.recipe
     else:
         checkpoint = None
-        base = load_recipe(recipe or _default_recipe(given.name if given else "landcover"))
+        base = load_recipe(recipe or (_recipe_for(given.name) if given else DEFAULT_RECIPE))
     config = base.data
     if given is not None:
         config = config.model_copy(update={"name": given.name, "root": given.root})
@@ -124,7 +124,7 @@ def train_command(
     _train_and_show(console, run, workers=_choose_workers(workers))
 
 
-def _default_recipe(data_name: str) -> str:
+def _recipe_for(data_name: str) -> str:
     from segdeformer.errors import UsageError
 
     if data_name not in DATA_WITH_OWN_RECIPE:

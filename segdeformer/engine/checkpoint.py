@@ -53,11 +53,16 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", impl: Impl = "
     Raises `UserError` when there is none, it is damaged, or its weights do not fit its recipe.
     """
     checkpoint = read_checkpoint(find_checkpoint(path))
-    encoder = checkpoint.recipe.model.encoder.model_copy(update={"weights": "none"})
-    config = checkpoint.recipe.model.model_copy(update={"encoder": encoder})
-    model = build_model(config, impl=impl)
+    return Loaded(saved_model(checkpoint, impl=impl).to(device).eval(), checkpoint)
+
+
+def saved_model(checkpoint: Checkpoint, *, impl: Impl = "auto") -> Segmenter:
+    """The checkpoint's model with its weights; the encoder's pretraining file is not needed any more."""
+    config = checkpoint.recipe.model
+    encoder = config.encoder.model_copy(update={"weights": "none"})
+    model = build_model(config.model_copy(update={"encoder": encoder}), impl=impl)
     load_weights(model, checkpoint.path)
-    return Loaded(model.to(device).eval(), checkpoint)
+    return model
 
 
 def find_checkpoint(path: str | Path | None) -> Path:

@@ -25,10 +25,10 @@ from segdeformer.engine.checkpoint import (
     LAST,
     drop_old_states,
     load_state,
-    load_weights,
     read_checkpoint,
     save_checkpoint,
     save_state,
+    saved_model,
 )
 from segdeformer.engine.device import explained_shortage
 from segdeformer.engine.evaluate import Report, Tally, evaluate_images, report_values
@@ -139,9 +139,7 @@ def resume_run(
     checkpoint = read_checkpoint(folder / LAST)
     _check_data(recipe, train_data)
     _check_data(recipe, val_data)
-    encoder = recipe.model.encoder.model_copy(update={"weights": "none"})
-    model = build_model(recipe.model.model_copy(update={"encoder": encoder}), impl=impl)
-    load_weights(model, checkpoint.path)
+    model = saved_model(checkpoint, impl=impl)
     run = _assemble(recipe, folder, train_data, val_data, device, model)
     load_state(folder, run.optimizer, checkpoint.iteration)
     run.iteration = checkpoint.iteration
