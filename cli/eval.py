@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from segdeformer.cli.errors import one_line_errors
-from segdeformer.cli.options import CheckpointArgument, ClassesFile, Device, Flip, ImplName, Mode, Scales
+from segdeformer.cli.options import (
+    CheckpointArgument,
+    ClassesFile,
+    Device,
+    Flip,
+    Fold,
+    ImplName,
+    Mode,
+    Scales,
+)
 
 
 @one_line_errors
@@ -29,19 +38,21 @@ def eval_command(
     ] = None,
     device: Device = "auto",
     impl: ImplName = "auto",
+    fold: Fold = None,
 ) -> None:
     """Score a checkpoint: mIoU, mAcc, aAcc and per-class IoU, and the protocol they belong to."""
-    from segdeformer.cli.options import changed_protocol, checked_impl
+    from segdeformer.cli.options import changed_protocol, checked_impl, load_for_inference
     from segdeformer.data.datasets import open_dataset, parse_data_spec
-    from segdeformer.engine.checkpoint import find_checkpoint, load
+    from segdeformer.engine.checkpoint import find_checkpoint
     from segdeformer.engine.device import choose_device
     from segdeformer.engine.evaluate import ImageResult, Tally, check_same_classes, evaluate_images
     from segdeformer.engine.scorecard import write_scorecard
     from segdeformer.kernels.impl import describe_impl
 
-    chosen, resolved = choose_device(device), checked_impl(impl)
+    chosen = choose_device(device)
+    resolved = checked_impl(impl, chosen)
     path = find_checkpoint(checkpoint)
-    loaded = load(path, device=chosen, impl=resolved)
+    loaded, folding = load_for_inference(path, device=chosen, impl=resolved, fold=fold)
     recipe = loaded.checkpoint.recipe
     protocol = changed_protocol(recipe.evaluate, mode=mode, scales=scales, flip=flip)
     config = recipe.data
@@ -62,6 +73,7 @@ def eval_command(
     console.print(f"{path} (iteration {loaded.checkpoint.iteration:,}) on {config.name} {config.val_split}")
     console.print(f"protocol: {protocol_line(protocol)}")
     console.print(f"device {chosen}, attention {describe_impl(resolved, chosen)}", style="dim")
+    console.print(folding, style="dim")
     shown = shown_indices(len(dataset)) if picture is not None else []
     drawn: list[ImageResult] = []
     tally = Tally(dataset.classes)

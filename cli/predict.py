@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from segdeformer.cli.errors import fail, one_line_errors
-from segdeformer.cli.options import Device, Flip, ImplName, Mode, Scales
+from segdeformer.cli.options import Device, Flip, Fold, ImplName, Mode, Scales
 
 
 @one_line_errors
@@ -28,11 +28,12 @@ def predict_command(
     flip: Flip = None,
     device: Device = "auto",
     impl: ImplName = "auto",
+    fold: Fold = None,
 ) -> None:
     """Predict images of any size: <name>.png holds one class id per pixel, at the input's own size."""
-    from segdeformer.cli.options import changed_protocol, checked_impl
+    from segdeformer.cli.options import changed_protocol, checked_impl, load_for_inference
     from segdeformer.data.images import read_image
-    from segdeformer.engine.checkpoint import find_checkpoint, load
+    from segdeformer.engine.checkpoint import find_checkpoint
     from segdeformer.engine.device import choose_device
     from segdeformer.engine.predict import predict_image
     from segdeformer.errors import UserError
@@ -45,8 +46,10 @@ def predict_command(
     if confidence:
         kinds.append("confidence")
     jobs = plan_jobs(images, out, kinds=kinds)
-    chosen, resolved = choose_device(device), checked_impl(impl)
-    loaded = load(find_checkpoint(checkpoint), device=chosen, impl=resolved)
+    chosen = choose_device(device)
+    resolved = checked_impl(impl, chosen)
+    path = find_checkpoint(checkpoint)
+    loaded, folding = load_for_inference(path, device=chosen, impl=resolved, fold=fold)
     recipe = loaded.checkpoint.recipe
     protocol = changed_protocol(recipe.evaluate, mode=mode, scales=scales, flip=flip)
 
@@ -57,6 +60,7 @@ def predict_command(
     console = make_console()
     attention = describe_impl(resolved, chosen)
     console.print(f"{loaded.checkpoint.path}, {len(jobs)} images, device {chosen}, attention {attention}")
+    console.print(folding, style="dim")
     console.print(f"protocol: {protocol_line(protocol)}", style="dim")
     failed: list[UserError] = []
     written: list[Path] = []

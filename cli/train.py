@@ -70,7 +70,8 @@ def train_command(
     from segdeformer.engine.train import resume_run, start_run
     from segdeformer.errors import UsageError, UserError
 
-    chosen, resolved = choose_device(device), checked_impl(impl)
+    chosen = choose_device(device)
+    resolved = checked_impl(impl, chosen)
     given = parse_data_spec(data) if data is not None else None
     if resume:
         if recipe is not None or seed is not None or batch is not None or weights is not None:

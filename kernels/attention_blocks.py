@@ -36,15 +36,18 @@ def _attend(queries_ND: Tensor, keys_MD: Tensor, values_ME: Tensor, scale: float
         queries_rD = queries_rD * scale  # one multiply per query, not per score
         highest_r1 = queries_rD.new_full((queries_rD.shape[0], 1), -torch.inf)
         weight_r1 = torch.zeros_like(highest_r1)
-        mixed_rE = torch.zeros_like(out_rE)
+        out_rE.zero_()
         for keys_cD, values_Ec in columns:
             scores_rc = _matmul_transposed(queries_rD, keys_cD)
-            before_r1, highest_r1 = highest_r1, highest_r1.maximum(scores_rc.amax(dim=1, keepdim=True))
-            shrink_r1 = (before_r1 - highest_r1).exp_()
-            weights_rc = scores_rc.sub_(highest_r1).exp_()
-            weight_r1.mul_(shrink_r1).add_(weights_rc.sum(dim=1, keepdim=True))
-            mixed_rE.mul_(shrink_r1).add_(_matmul_transposed(weights_rc, values_Ec))
-        torch.div(mixed_rE, weight_r1, out=out_rE)
+            block_highest_r1 = scores_rc.amax(dim=1, keepdim=True)
+            # softmax is one pass over scores in cache; subtract, exp and sum alone would be three and slower.
+            shares_rc = torch.softmax(scores_rc, dim=1, out=scores_rc)
+            # The highest score's share is exp(0) over the block's sum of exponentials.
+            block_weight_r1 = shares_rc.amax(dim=1, keepdim=True).reciprocal_()
+            before_r1, highest_r1 = highest_r1, highest_r1.maximum(block_highest_r1)
+            block_weight_r1.mul_((block_highest_r1 - highest_r1).exp_())
+            weight_r1 = weight_r1 * (before_r1 - highest_r1).exp_() + block_weight_r1
+            out_rE.lerp_(_matmul_transposed(shares_rc, values_Ec), block_weight_r1 / weight_r1)
     return out_NE
 
 

@@ -1,7 +1,7 @@
 """Semantic segmentation with the SegDeformer decoder (ECCV 2022).
 
-`build_model` makes a model from a recipe, `load` one from a checkpoint, `SegDeformer` is the decoder
-alone. PyTorch is imported when one of them is first used, so `import segdeformer` is immediate.
+`build_model` makes a model from a recipe, `load` one from a checkpoint, `save` writes one, `SegDeformer` is
+the decoder alone. PyTorch is imported when one of them is first used, so `import segdeformer` is immediate.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from segdeformer.config import Recipe, load_recipe
-    from segdeformer.engine.checkpoint import load
+    from segdeformer.engine.checkpoint import load, save
     from segdeformer.models.segmenter import SegDeformer, Segmenter, build_decoder, build_model
 
 __version__ = "0.1.0"
@@ -23,12 +23,14 @@ __all__ = [
     "build_model",
     "load",
     "load_recipe",
+    "save",
 ]
 
 _HOMES = {
     "Recipe": "segdeformer.config",
     "load_recipe": "segdeformer.config",
     "load": "segdeformer.engine.checkpoint",
+    "save": "segdeformer.engine.checkpoint",
     "SegDeformer": "segdeformer.models.segmenter",
     "Segmenter": "segdeformer.models.segmenter",
     "build_decoder": "segdeformer.models.segmenter",

@@ -341,14 +341,14 @@ def test_ctrl_c_at_any_moment_is_one_line(data, checkpoint, tmp_path, monkeypatc
 
 
 def test_a_real_ctrl_c_while_predicting_leaves_whole_files_only(checkpoint, tmp_path):
-    for index in range(40):
-        write_image(tmp_path / f"in/{index:02}.png", np.full((300, 400, 3), index, np.uint8))
+    for index in range(200):
+        write_image(tmp_path / f"in/{index:03}.png", np.full((300, 400, 3), index, np.uint8))
     out = tmp_path / "out"
     command = ["predict", str(checkpoint), str(tmp_path / "in"), "--out", str(out)]
     process = subprocess.Popen(
         [sys.executable, "-m", "segdeformer", *command], stderr=subprocess.PIPE, text=True
     )
-    while not (out / "00.png").exists():
+    while not (out / "000.png").exists():
         assert process.poll() is None
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
@@ -356,6 +356,6 @@ def test_a_real_ctrl_c_while_predicting_leaves_whole_files_only(checkpoint, tmp_
     assert stderr == "error: stopped by Ctrl-C; files that were being written are left out\n"
     assert process.returncode == 1
     written = sorted(out.iterdir())
-    assert [path.name for path in written] == [f"{index:02}.png" for index in range(len(written))]
-    assert 1 <= len(written) < 40
+    assert [path.name for path in written] == [f"{index:03}.png" for index in range(len(written))]
+    assert 1 <= len(written) < 200
     assert all(cv2.imread(str(path), cv2.IMREAD_UNCHANGED).shape == (300, 400) for path in written)

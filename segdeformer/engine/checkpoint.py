@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from segdeformer.config import Recipe, validate_recipe
 from segdeformer.data.classes import ClassTable
-from segdeformer.errors import UserError
+from segdeformer.errors import UsageError, UserError
 from segdeformer.files import replacing
 from segdeformer.kernels.impl import Impl
 from segdeformer.models.segmenter import Segmenter, build_model
@@ -38,6 +38,7 @@ class Checkpoint(NamedTuple):
     iteration: int
     best_miou: float | None
     validation_due: bool  # stopped before the validation of this iteration was done
+    folded: bool  # for inference only, see `Segmenter.fold`
 
 
 class Loaded(NamedTuple):
@@ -47,13 +48,39 @@ class Loaded(NamedTuple):
     checkpoint: Checkpoint
 
 
-def load(path: str | Path, *, device: str | torch.device = "cpu", impl: Impl = "auto") -> Loaded:
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    impl: Impl = "auto",
+    fold: bool | None = None,
+) -> Loaded:
     """Load a model from a checkpoint, or from a run folder (its best, else its last).
 
-    Raises `UserError` when there is none, it is damaged, or its weights do not fit its recipe.
+    fold: True for a folded model (`Segmenter.fold`), False for one that is not, None as it was saved.
+    Raises `UserError` when there is none, it is damaged, its weights do not fit its recipe, or it cannot
+    be had as `fold` says.
     """
     checkpoint = read_checkpoint(find_checkpoint(path))
-    return Loaded(saved_model(checkpoint, impl=impl).to(device).eval(), checkpoint)
+    if fold is False and checkpoint.folded:
+        raise UsageError(f"{checkpoint.path} holds a folded model, which cannot be unfolded; run it folded")
+    model = saved_model(checkpoint, impl=impl).to(device).eval()
+    return Loaded(model.fold() if fold else model, checkpoint)
+
+
+def save(path: str | Path, model: Segmenter, checkpoint: Checkpoint) -> None:
+    """Write a loaded model, folded say, as a checkpoint of its own.
+
+    Raises `UserError` when the file cannot be written.
+    """
+    save_checkpoint(
+        Path(path),
+        model,
+        recipe=checkpoint.recipe,
+        classes=checkpoint.classes,
+        iteration=checkpoint.iteration,
+        best_miou=checkpoint.best_miou,
+    )
 
 
 def saved_model(checkpoint: Checkpoint, *, impl: Impl = "auto") -> Segmenter:
@@ -61,6 +88,8 @@ def saved_model(checkpoint: Checkpoint, *, impl: Impl = "auto") -> Segmenter:
     config = checkpoint.recipe.model
     encoder = config.encoder.model_copy(update={"weights": "none"})
     model = build_model(config.model_copy(update={"encoder": encoder}), impl=impl)
+    if checkpoint.folded:
+        model = model.fold()
     load_weights(model, checkpoint.path)
     return model
 
@@ -115,6 +144,7 @@ def save_checkpoint(
         "iteration": iteration,
         "best_miou": best_miou,
         "validation_due": validation_due,
+        "folded": model.is_folded,
     }
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with replacing(path) as aside:
@@ -148,6 +178,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         iteration=about["iteration"],
         best_miou=about["best_miou"],
         validation_due=about["validation_due"],
+        folded=about.get("folded", False),  # files from before folding lack it
     )
 
 

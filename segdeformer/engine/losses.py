@@ -8,7 +8,7 @@ from torch import Tensor
 
 from segdeformer.config import IGNORE_INDEX, TrainConfig
 from segdeformer.kernels.upsample_cross_entropy import upsample_cross_entropy
-from segdeformer.models.segmenter import SegOutput
+from segdeformer.models.layers import SegOutput
 
 
 class Losses(NamedTuple):

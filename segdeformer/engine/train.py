@@ -137,6 +137,8 @@ def resume_run(
 ) -> Run:
     """Go on from the run's last checkpoint; the next batch is the one that would have come."""
     checkpoint = read_checkpoint(folder / LAST)
+    if checkpoint.folded:
+        raise UserError(f"{checkpoint.path} holds a folded model, for inference only; it cannot be trained")
     _check_data(recipe, train_data)
     _check_data(recipe, val_data)
     model = saved_model(checkpoint, impl=impl)

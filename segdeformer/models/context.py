@@ -35,13 +35,13 @@ class ContextOutput(NamedTuple):
 class Reduce(nn.Module):
     """Fewer keys and values: an R x R convolution of stride R (Section 3.4), zero-padded, never cropped."""
 
-    def __init__(self, width: int, reduction: int) -> None:
+    def __init__(self, in_width: int, out_width: int, reduction: int, *, bias: bool = True) -> None:
         super().__init__()
         self.reduction = reduction
-        self.conv = nn.Conv2d(width, width, reduction, stride=reduction)
+        self.conv = nn.Conv2d(in_width, out_width, reduction, stride=reduction, bias=bias)
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """(B, M, C) with M = ceil(height / R) * ceil(width / R)."""
+        """(B, M, out_width) with M = ceil(height / R) * ceil(width / R)."""
         below, right = -tokens.height % self.reduction, -tokens.width % self.reduction
         return tokens_of(self.conv(F.pad(tokens.as_map(), (0, right, 0, below)))).pixels_BNC
 
@@ -69,30 +69,33 @@ class InternalAttention(nn.Module):
         self.key = _projection(projection, width)
         self.value = _projection(projection, width)
         self.output = _output_projection(projection, width)
-        self.reduce = Reduce(width, reduction) if reduction > 1 else None
+        self.reduce = Reduce(width, width, reduction) if reduction > 1 else None
 
     def forward(self, tokens: Tokens) -> Tensor:
         pixels_BNC = tokens.pixels_BNC
         sources_BMC = self.reduce(tokens) if self.reduce else pixels_BNC
         mixed = attention(
-            self._split(self.query(pixels_BNC)),
-            self._split(self.key(sources_BMC)),
-            self._split(self.value(sources_BMC)),
+            split_heads(self.query(pixels_BNC), self.heads),
+            split_heads(self.key(sources_BMC), self.heads),
+            split_heads(self.value(sources_BMC), self.heads),
             scale=self.scale,
             impl=self.impl,
         )
-        return self.output(self._join(mixed))
+        return self.output(join_heads(mixed, self.heads))
 
-    def _split(self, tokens_BNC: Tensor) -> Tensor:
-        """Heads into the batch: (B * heads, N, C / heads)."""
-        if self.heads == 1:
-            return tokens_BNC
-        return tokens_BNC.unflatten(2, (self.heads, -1)).transpose(1, 2).flatten(0, 1)
 
-    def _join(self, tokens: Tensor) -> Tensor:
-        if self.heads == 1:
-            return tokens
-        return tokens.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2)
+def split_heads(tokens_BNC: Tensor, heads: int) -> Tensor:
+    """Heads into the batch: (B * heads, N, C / heads)."""
+    if heads == 1:
+        return tokens_BNC
+    return tokens_BNC.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def join_heads(tokens: Tensor, heads: int) -> Tensor:
+    """The inverse of `split_heads`."""
+    if heads == 1:
+        return tokens
+    return tokens.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
 
 
 class InternalBlock(nn.Module):
@@ -173,7 +176,7 @@ class ExternalAttention(nn.Module):
             self.key = _projection(projection, width)
             self.value = _projection(projection, width)
             self.output = _output_projection(projection, width)
-        self.reduce = Reduce(width, reduction) if second_stage and reduction > 1 else None
+        self.reduce = Reduce(width, width, reduction) if second_stage and reduction > 1 else None
 
     def forward(self, tokens: Tokens) -> ExternalContext:
         info_KC, class_KC = self.tokens.tables()

@@ -62,9 +62,7 @@ class TimmEncoder(nn.Module):
         height, width = images_B3HW.shape[2:]
         target = self.padded_size(height, width)
         images_B3HW = F.pad(images_B3HW, (0, target[1] - width, 0, target[0] - height))
-        maps_BChw = self.backbone.forward_intermediates(
-            images_B3HW, indices=list(self.levels), intermediates_only=True
-        )
+        maps_BChw = self.features(images_B3HW)
         self._check(maps_BChw, target)
         maps_BChw = [
             m[:, :, : math.ceil(height / s), : math.ceil(width / s)]
@@ -76,6 +74,12 @@ class TimmEncoder(nn.Module):
             norm(m.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             for norm, m in zip(self.norms, maps_BChw, strict=True)
         ]
+
+    def features(self, images_B3HW: Tensor) -> list[Tensor]:
+        """The backbone's maps of images that need no padding."""
+        return self.backbone.forward_intermediates(
+            images_B3HW, indices=list(self.levels), intermediates_only=True
+        )
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
         """The size that the backbone sees for an image of this size."""

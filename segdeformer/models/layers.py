@@ -1,4 +1,4 @@
-"""Parts that fusion, context and heads share. B batch, N tokens, C channels, HW map."""
+"""Parts that fusion, context and heads share. B batch, N tokens, C channels, K classes, HW and hw maps."""
 
 from __future__ import annotations
 
@@ -23,6 +23,14 @@ def tokens_of(map_BCHW: Tensor) -> Tokens:
     """The pixels of a map, (B, N, C); a view where memory is channels-last."""
     _, _, height, width = map_BCHW.shape
     return Tokens(map_BCHW.flatten(2).transpose(1, 2), height, width)
+
+
+class SegOutput(NamedTuple):
+    """What a decoder makes, at the size of the first encoder map."""
+
+    logits_BKhw: Tensor
+    class_logits_BKhw: Tensor | None  # float32, Attn_mid as a map, for L_attn (Eq. 8)
+    auxiliary_logits_BKhw: Tensor | None  # training only
 
 
 class ConvBNReLU(nn.Sequential):

@@ -6,23 +6,19 @@ B batch, HW image, hw the first encoder map (1/4 or 1/16), K classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Self
 
 from torch import Tensor, nn
 
 from segdeformer.config import ModelConfig
 from segdeformer.kernels.impl import Impl, check_impl
+from segdeformer.models.batch_norms import fused_encoder
 from segdeformer.models.context import Context, ExternalForm, build_context
 from segdeformer.models.encoders import Encoder, build_encoder
+from segdeformer.models.folding import FoldedDecoder, fold_decoder, folding_obstacle, refuse_training
 from segdeformer.models.fusion import MLPFusion, build_fusion
-from segdeformer.models.layers import ConvBNReLU, Tokens, initialise_decoder
+from segdeformer.models.layers import ConvBNReLU, SegOutput, Tokens, initialise_decoder
 from segdeformer.models.weights import WeightsReport, load_encoder_weights
-
-
-class SegOutput(NamedTuple):
-    logits_BKhw: Tensor
-    class_logits_BKhw: Tensor | None  # float32, Attn_mid as a map, for L_attn (Eq. 8)
-    auxiliary_logits_BKhw: Tensor | None  # training only
 
 
 class Head(nn.Module):
@@ -75,6 +71,10 @@ class SegDeformer(nn.Module):
                 class_map = tokens._replace(pixels_BNC=class_logits_BNK).as_map()
         return SegOutput(self.head(tokens.as_map()), class_map, None)
 
+    def fold(self) -> FoldedDecoder:
+        """The decoder for inference only, with the same logits; see `Segmenter.fold`."""
+        return fold_decoder(self.fusion, self.context, self.head.classify)
+
 
 class Segmenter(nn.Module):
     """Encoder, decoder, and in training an auxiliary head.
@@ -86,7 +86,7 @@ class Segmenter(nn.Module):
         self,
         *,
         encoder: Encoder,
-        decoder: SegDeformer,
+        decoder: SegDeformer | FoldedDecoder,
         auxiliary: AuxiliaryHead | None = None,
         weights_report: WeightsReport | None = None,
     ) -> None:
@@ -103,6 +103,35 @@ class Segmenter(nn.Module):
         if self.auxiliary is not None and self.training:
             output = output._replace(auxiliary_logits_BKhw=self.auxiliary(maps))
         return output
+
+    def fold(self) -> Segmenter:
+        """This model for inference only: the same logits by fewer and narrower operations.
+
+        A new model in eval mode, without gradients: the context is folded (see `folding`), BatchNorms are
+        in the convolutions before them, the auxiliary head is left out. This one stays as it is.
+        Raises `UsageError`, a `ValueError`, when `folding_obstacle` says why it cannot be.
+        """
+        if isinstance(self.decoder, FoldedDecoder):
+            return self
+        decoder = self.decoder.fold()
+        folded = Segmenter(
+            encoder=fused_encoder(self.encoder), decoder=decoder, weights_report=self.weights_report
+        )
+        return folded.eval().requires_grad_(False)
+
+    @property
+    def is_folded(self) -> bool:
+        return isinstance(self.decoder, FoldedDecoder)
+
+    @property
+    def folding_obstacle(self) -> str | None:
+        """The setting that keeps this model from being folded, and why; None if it can be or is."""
+        return None if isinstance(self.decoder, FoldedDecoder) else folding_obstacle(self.decoder.context)
+
+    def train(self, mode: bool = True) -> Self:
+        if mode and self.is_folded:
+            refuse_training()
+        return super().train(mode)
 
 
 def build_decoder(

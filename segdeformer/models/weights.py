@@ -78,6 +78,7 @@ FAMILIES = (
     ("blocks.0.conv_dw.weight", "a ConvNeXt"),
     ("blocks.0.0.conv_dw.weight", "an EfficientNet or MobileNet"),
 )
+FOLDED = "decoder.project.weight"  # what every folded model has; its convolutions may hold BatchNorms
 LEAST_SHARE = 0.5  # of the encoder's parameters; below it the file belongs to another model
 
 
@@ -115,10 +116,12 @@ def load_encoder_weights(encoder: Encoder, source: str | Path) -> WeightsReport:
 
     Position grids and tables of relative positions are resampled to the encoder's size. Raises
     `UserError`, and leaves the encoder as it was, when the file cannot be read, another tensor has
-    another shape, or less than half of the encoder's parameters are in it.
+    another shape, less than half of the encoder's parameters are in it, or the model in it is folded.
     """
     path = Path(source)
     tensors = read_tensors(path)
+    if FOLDED in tensors:
+        raise UserError(f"{path}: holds a folded model, for inference only; use the one it was made from")
     found = _recognise(encoder, tensors)
     share = _share(encoder, tensors, found)
     if share < LEAST_SHARE:

@@ -1,0 +1,332 @@
+"""Exact folding of the affine decoder for inference: one linear layer, then attention in logit space.
+
+B batch, N pixels, M reduced pixels, C decoder width, K classes, E width of the internal values,
+O and I a layer's outputs and inputs, W any width, R reduction.
+
+Class tokens are constants now, the head W_h is linear and the fusion a sum, so what follows the softmaxes
+moves into logit space, and everything before them is one linear layer on X:
+
+    X -> [Q | K | X Wv W_h | A | Q~ | X W_h]
+    logits = X W_h + softmax(Q K^T) (X Wv W_h) + softmax(Q~ P^T) P (V~ W_h) + constants,  P = softmax(A)
+
+The scales 1/sqrt(C) are in the weights of Q, A and Q~. Biases of keys shift whole rows of scores and drop
+out; biases of values count once, because the weights of an attention sum to one, and are constants too.
+With more classes than channels, or several heads, W_h would widen the internal values (E = K instead of C,
+or K per head instead of C / heads): there W_h comes after the attention, and E = C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Generic, NamedTuple, NoReturn, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from segdeformer.errors import UsageError
+from segdeformer.kernels.attention import attention
+from segdeformer.kernels.external_attention import external_attention
+from segdeformer.kernels.impl import Impl
+from segdeformer.models.batch_norms import fused_fusion
+from segdeformer.models.context import (
+    Context,
+    ExternalAttention,
+    InternalAttention,
+    InternalBlock,
+    Reduce,
+    join_heads,
+    split_heads,
+)
+from segdeformer.models.fusion import MLPFusion
+from segdeformer.models.layers import SegOutput, Tokens
+
+ALIGNMENT = 16  # columns; each part then starts at a multiple of 32 bytes in half precision too
+
+T = TypeVar("T")
+
+
+class Affine(NamedTuple):
+    """x -> W x + b in float64 on the CPU, where the layers are multiplied."""
+
+    weight_OI: Tensor
+    bias_O: Tensor
+
+    def then(self, weight_OI: Tensor) -> Affine:
+        """This, and a matrix after it."""
+        return Affine(weight_OI @ self.weight_OI, weight_OI @ self.bias_O)
+
+    def plus(self, constant_O: Tensor) -> Affine:
+        return Affine(self.weight_OI, self.bias_O + constant_O)
+
+    def scaled(self, factor: float) -> Affine:
+        return Affine(self.weight_OI * factor, self.bias_O * factor)
+
+
+class Parts(NamedTuple, Generic[T]):
+    """What the one linear layer makes of each pixel, in the order of its columns; None where not needed."""
+
+    queries: T | None  # C wide
+    keys: T | None  # C wide; None with reduction, as the next
+    values: T | None  # E wide, X Wv W_h or X Wv
+    middle: T | None  # K wide, A
+    external: T | None  # Q~, K wide; with reduction Qe, C wide
+    logits: T  # K wide, X W_h and all constants
+
+
+class FoldedInternal(nn.Module):
+    """Y_int W_h, without its constant."""
+
+    def __init__(self, *, heads: int, impl: Impl, reduce: Reduce | None, head: nn.Linear | None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.impl: Impl = impl
+        self.reduce = reduce  # to keys and values
+        self.head = head  # W_h where the values do not hold it
+
+    def forward(self, tokens: Tokens, parts: Parts[Tensor]) -> Tensor:
+        keys, values = parts.keys, parts.values
+        assert parts.queries is not None
+        if self.reduce is not None:
+            width = parts.queries.shape[-1]
+            reduced_BMW = self.reduce(tokens)
+            keys, values = reduced_BMW[..., :width], reduced_BMW[..., width:]
+        assert keys is not None
+        assert values is not None
+        heads = self.heads
+        mixed_BNE = join_heads(
+            attention(
+                split_heads(parts.queries, heads),
+                split_heads(keys, heads),
+                split_heads(values, heads),
+                scale=1.0,
+                impl=self.impl,
+            ),
+            heads,
+        )
+        return mixed_BNE if self.head is None else self.head(mixed_BNE)
+
+
+class FoldedExternal(nn.Module):
+    """Y_ext W_h, or X_mid W_h without the second stage; without its constant."""
+
+    def __init__(self, *, impl: Impl, reduce: Reduce | None, values: nn.Linear | None) -> None:
+        super().__init__()
+        self.impl: Impl = impl
+        self.reduce = reduce  # from P to keys and K-wide values
+        self.values = values  # K x K, from mixtures of classes to logits; None with `reduce`
+
+    def forward(self, tokens: Tokens, parts: Parts[Tensor]) -> Tensor:
+        middle_BNK, queries = parts.middle, parts.external
+        assert middle_BNK is not None
+        if queries is not None and self.values is not None:
+            return self.values(external_attention(queries, middle_BNK, scale=1.0, impl=self.impl))
+        shares_BNK = middle_BNK.softmax(dim=-1).to(tokens.pixels_BNC.dtype)
+        if queries is None:
+            assert self.values is not None
+            return self.values(shares_BNK)
+        assert self.reduce is not None
+        width = queries.shape[-1]
+        reduced_BMW = self.reduce(tokens._replace(pixels_BNC=shares_BNK))
+        keys_BMC, values_BMK = reduced_BMW[..., :width], reduced_BMW[..., width:]
+        return attention(queries, keys_BMC, values_BMK, scale=1.0, impl=self.impl)
+
+
+class PartsLinear(nn.Linear):
+    """One linear layer whose columns are handed out as named views.
+
+    Every part starts at a multiple of 16 columns, with zero rows of the weight between, so that kernels can
+    read the views as they are.
+    """
+
+    def __init__(self, parts: Parts[Affine]) -> None:
+        first = 0
+        spans = []
+        for part in parts:
+            width = 0 if part is None else part.bias_O.numel()
+            spans.append(None if part is None else slice(first, first + width))
+            first += -(-width // ALIGNMENT) * ALIGNMENT
+        super().__init__(parts.logits.weight_OI.shape[1], first, device="meta")  # draws no random numbers
+        self.spans: Parts[slice] = Parts(*spans)  # type: ignore[arg-type]  # `logits` is never None
+        weight_OI = parts.logits.weight_OI.new_zeros(self.weight.shape)
+        bias_O = weight_OI.new_zeros(first)
+        for part, span in zip(parts, spans, strict=True):
+            if part is not None:
+                weight_OI[span], bias_O[span] = part
+        self.weight, self.bias = nn.Parameter(weight_OI), nn.Parameter(bias_O)
+
+    def parts(self, pixels_BNC: Tensor) -> Parts[Tensor]:
+        """Views of one (B, N, columns) tensor."""
+        columns = self(pixels_BNC)
+        return Parts(*(None if span is None else columns[..., span] for span in self.spans))
+
+
+class FoldedDecoder(nn.Module):
+    """What `SegDeformer.fold` makes: the same logits by fewer and narrower operations; cannot be trained."""
+
+    def __init__(
+        self,
+        *,
+        fusion: MLPFusion,
+        project: PartsLinear,
+        internal: FoldedInternal | None,
+        external: FoldedExternal | None,
+        supervised: bool,
+    ) -> None:
+        super().__init__()
+        self.fusion = fusion
+        self.project = project
+        self.internal = internal
+        self.external = external
+        self.supervised = supervised  # then Attn_mid is handed out, as unfolded
+        self.eval().requires_grad_(False)
+
+    def forward(self, maps: Sequence[Tensor]) -> SegOutput:
+        tokens: Tokens = self.fusion(maps)
+        parts = self.project.parts(tokens.pixels_BNC)
+        logits_BNK, class_map = parts.logits, None
+        if parts.middle is not None:
+            middle_BNK = parts.middle.to(torch.promote_types(parts.middle.dtype, torch.float32))
+            parts = parts._replace(middle=middle_BNK)
+            class_map = tokens._replace(pixels_BNC=middle_BNK).as_map() if self.supervised else None
+        for attend in (self.internal, self.external):
+            if attend is not None:
+                logits_BNK = logits_BNK + attend(tokens, parts)
+        return SegOutput(tokens._replace(pixels_BNC=logits_BNK).as_map(), class_map, None)
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            refuse_training()
+        return super().train(mode)
+
+
+def refuse_training() -> NoReturn:
+    raise ValueError("a folded model cannot be trained; train the unfolded one and fold it again")
+
+
+def folding_obstacle(context: Context | None) -> str | None:
+    """The setting that keeps a decoder with this context from being folded, and why; None if it can be."""
+    if context is None:
+        return None
+    blocks = list(context.internal or ())
+    projections: list[nn.Module] = [context.external.middle_value] if context.external is not None else []
+    for block in blocks:
+        assert isinstance(block, InternalBlock)
+        if block.mlp is not None:
+            return "context.internal.mlp = true, whose GELU is not linear"
+        projections.append(block.attention.query)
+    if len(blocks) > 1:
+        return f"context.internal.depth = {len(blocks)}, whose blocks build on each other"
+    if not all(isinstance(projection, nn.Linear) for projection in projections):
+        return 'context.projection = "conv_bn_relu", whose ReLU is not linear; only "affine" can be'
+    return None
+
+
+def fold_decoder(fusion: MLPFusion, context: Context | None, classify: nn.Conv2d) -> FoldedDecoder:
+    """The folded decoder, of the same dtype, on the same device. Its weights are computed in float64.
+
+    Raises `UsageError` when `folding_obstacle` finds one.
+    """
+    obstacle = folding_obstacle(context)
+    if obstacle is not None:
+        raise UsageError(f"this model cannot be folded for inference: {obstacle}; run it unfolded")
+    head = _affine(classify)
+    parts: Parts[Affine] = Parts(None, None, None, None, None, head)
+    internal = external = None
+    if context is not None and context.internal is not None:
+        block = context.internal[0]
+        assert isinstance(block, InternalBlock)
+        internal, parts = _fold_internal(block.attention, head.weight_OI, parts)
+    if context is not None and context.external is not None:
+        external, parts = _fold_external(context.external, head.weight_OI, parts)
+    folded = FoldedDecoder(
+        fusion=fused_fusion(fusion),
+        project=PartsLinear(parts),
+        internal=internal,
+        external=external,
+        supervised=context is not None and context.supervised,
+    )
+    return folded.to(classify.weight)  # dtype and device
+
+
+def _fold_internal(
+    inner: InternalAttention, head_KC: Tensor, parts: Parts[Affine]
+) -> tuple[FoldedInternal, Parts[Affine]]:
+    key, value = _affine(inner.key), _affine(inner.value)
+    num_classes, width = head_KC.shape
+    narrow = inner.heads == 1 and num_classes <= width
+    values_EC = head_KC @ value.weight_OI if narrow else value.weight_OI
+    constant_K = head_KC @ value.bias_O
+    reduce = None
+    if inner.reduce is None:
+        parts = parts._replace(keys=_matrix(key.weight_OI), values=_matrix(values_EC))
+    else:
+        reduce = _convolution(inner.reduce, torch.cat([key.weight_OI, values_EC]))
+        constant_K = constant_K + head_KC @ value.weight_OI @ _double(inner.reduce.conv.bias)
+    parts = parts._replace(
+        queries=_affine(inner.query).scaled(inner.scale),
+        logits=parts.logits.plus(constant_K),
+    )
+    head = None if narrow else _linear(head_KC)
+    return FoldedInternal(heads=inner.heads, impl=inner.impl, reduce=reduce, head=head), parts
+
+
+def _fold_external(
+    outer: ExternalAttention, head_KC: Tensor, parts: Parts[Affine]
+) -> tuple[FoldedExternal, Parts[Affine]]:
+    info_KC, class_KC = (_double(table) for table in outer.tokens.tables())
+    middle_key, middle_value = _affine(outer.middle_key), _affine(outer.middle_value)
+    class_keys_KC = class_KC @ middle_key.weight_OI.T + middle_key.bias_O
+    prototypes_KC = info_KC @ middle_value.weight_OI.T + middle_value.bias_O
+    parts = parts._replace(middle=_affine(outer.middle_query).then(class_keys_KC).scaled(outer.scale))
+    if not outer.second_stage:
+        values = _linear(head_KC @ prototypes_KC.T)
+        return FoldedExternal(impl=outer.impl, reduce=None, values=values), parts
+
+    query, key, value = _affine(outer.query), _affine(outer.key), _affine(outer.value)
+    values_KC = head_KC @ value.weight_OI
+    constant_K = head_KC @ value.bias_O
+    if outer.reduce is None:
+        query = query.then(prototypes_KC @ key.weight_OI.T)
+        external = FoldedExternal(impl=outer.impl, reduce=None, values=_linear(values_KC @ prototypes_KC.T))
+    else:
+        both_OC = torch.cat([key.weight_OI, values_KC])
+        reduce = _convolution(outer.reduce, both_OC, before_CI=prototypes_KC.T)
+        external = FoldedExternal(impl=outer.impl, reduce=reduce, values=None)
+        constant_K = constant_K + values_KC @ _double(outer.reduce.conv.bias)
+    parts = parts._replace(
+        external=query.scaled(outer.scale),
+        logits=parts.logits.plus(constant_K),
+    )
+    return external, parts
+
+
+def _double(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor.detach().to("cpu", torch.float64)
+
+
+def _affine(layer: nn.Module) -> Affine:
+    """A linear layer, or a 1x1 convolution."""
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    return Affine(_double(layer.weight).flatten(1), _double(layer.bias))
+
+
+def _matrix(weight_OI: Tensor) -> Affine:
+    return Affine(weight_OI, weight_OI.new_zeros(weight_OI.shape[0]))
+
+
+def _linear(weight_OI: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight_OI)
+    return linear
+
+
+def _convolution(reduce: Reduce, after_OC: Tensor, *, before_CI: Tensor | None = None) -> Reduce:
+    """The R x R convolution between two matrices, without its bias."""
+    weight_OIRR = torch.einsum("oc,cirs->oirs", after_OC, _double(reduce.conv.weight))
+    if before_CI is not None:
+        weight_OIRR = torch.einsum("ocrs,ci->oirs", weight_OIRR, before_CI)
+    with torch.device("meta"):
+        folded = Reduce(weight_OIRR.shape[1], weight_OIRR.shape[0], reduce.reduction, bias=False)
+    folded.conv.weight = nn.Parameter(weight_OIRR)
+    return folded
