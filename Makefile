@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/run
 DEV := $(VENV)/dev
 
-.PHONY: demo test lint gpu clean
+.PHONY: demo test lint aot gpu clean
 
 demo: $(RUN)/installed  ## train, score and picture a SegDeformer in a few minutes, on a CPU too
 	$(RUN)/bin/segdeformer train landcover-demo
@@ -18,8 +18,11 @@ lint: $(DEV)/installed  ## style and types
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy
 
-gpu:  ## the Triton kernels' checks and timings will run here
-	@echo "no GPU work yet: this version has no Triton kernels; attention runs through PyTorch"
+aot: $(DEV)/installed  ## compile every Triton kernel for five kinds of cards; writes benchmarks/results/aot.md
+	$(DEV)/bin/python benchmarks/aot.py
+
+gpu: $(RUN)/installed  ## check, tune and time the Triton kernels on this machine's GPU, in less than 9 minutes
+	$(RUN)/bin/python -m benchmarks.gpu
 
 $(RUN)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "segdeformer needs Python 3.11 or newer")'

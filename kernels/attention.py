@@ -7,6 +7,8 @@ from torch import Tensor
 
 from segdeformer.kernels.impl import Impl, choose_impl
 
+SDPA_ALIGNMENT = 8  # elements, for the GPU's fused kernels
+
 
 def attention(
     queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, *, scale: float, impl: Impl = "auto"
@@ -17,7 +19,11 @@ def attention(
     Raises `ValueError` when the three shapes do not belong together.
     """
     check_attention_shapes(queries_BND, keys_BMD, values_BME)
-    match choose_impl(impl, queries_BND, keys_BMD):
+    match choose_impl(impl, queries_BND, keys_BMD, values_BME):
+        case "triton":
+            from segdeformer.kernels.attention_triton import attention_triton
+
+            return attention_triton(queries_BND, keys_BMD, values_BME, scale=scale)
         case "reference":
             return attention_reference(queries_BND, keys_BMD, values_BME, scale=scale)
         case "blocks":
@@ -35,14 +41,16 @@ def attention_reference(queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tenso
 
 
 def _attention_sdpa(queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, *, scale: float) -> Tensor:
-    value_width = values_BME.shape[-1]
-    missing = queries_BND.shape[-1] - value_width
-    # On the CPU, unequal widths would drop PyTorch into the form that holds N x M scores.
-    # Zeros in keys leave the scores as they are, zeros in values add columns that are cut off.
-    if queries_BND.device.type == "cpu" and missing > 0:
-        values_BME = F.pad(values_BME, (0, missing))
-    elif queries_BND.device.type == "cpu" and missing < 0:
-        queries_BND, keys_BMD = F.pad(queries_BND, (0, -missing)), F.pad(keys_BMD, (0, -missing))
+    width, value_width = queries_BND.shape[-1], values_BME.shape[-1]
+    # Unequal widths would drop PyTorch into the form that holds N x M scores, on a GPU odd ones too.
+    # Zeros in queries and keys leave the scores as they are, zeros in values add columns that are cut off.
+    common = max(width, value_width)
+    if queries_BND.device.type != "cpu":
+        common += -common % SDPA_ALIGNMENT
+    if width < common:
+        queries_BND, keys_BMD = F.pad(queries_BND, (0, common - width)), F.pad(keys_BMD, (0, common - width))
+    if value_width < common:
+        values_BME = F.pad(values_BME, (0, common - value_width))
     out_B1NE = F.scaled_dot_product_attention(
         queries_BND.unsqueeze(1), keys_BMD.unsqueeze(1), values_BME.unsqueeze(1), scale=scale
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from segdeformer.kernels.attention import attention
-from segdeformer.kernels.impl import Impl
+from segdeformer.kernels.impl import Impl, choose_impl
 
 
 def external_attention(
@@ -26,10 +26,15 @@ def external_attention(
             f"scores have shape {tuple(scores_BNK.shape)}, middle logits {tuple(middle_BNK.shape)}; "
             "both must be (B, N, K)"
         )
-    if impl == "reference":
+    chosen = choose_impl(impl, scores_BNK, scores_BNK, scores_BNK, operation="external_attention")
+    if chosen == "reference":
         return external_attention_reference(scores_BNK, middle_BNK, scale=scale)
+    if chosen == "triton":
+        from segdeformer.kernels.external_attention_triton import external_attention_triton
+
+        return external_attention_triton(scores_BNK, middle_BNK, scale=scale)
     probabilities_BNK = middle_BNK.softmax(dim=-1).to(scores_BNK.dtype)
-    return attention(scores_BNK, probabilities_BNK, probabilities_BNK, scale=scale, impl=impl)
+    return attention(scores_BNK, probabilities_BNK, probabilities_BNK, scale=scale, impl=chosen)
 
 
 def external_attention_reference(scores_BNK: Tensor, middle_BNK: Tensor, *, scale: float) -> Tensor:

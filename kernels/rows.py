@@ -16,7 +16,7 @@ class SourceRows(NamedTuple):
 
     near_r: Tensor  # int64, the upper one
     far_r: Tensor  # int64, the lower one
-    far_weight_r: Tensor  # float32 in [0, 1)
+    far_weight_r: Tensor  # in [0, 1)
 
     def shifted(self, first: int) -> SourceRows:
         """The same rows counted from `first`."""
@@ -24,14 +24,20 @@ class SourceRows(NamedTuple):
 
 
 def source_rows(
-    source_height: int, height: int, top: int, bottom: int, *, device: torch.device | str = "cpu"
+    source_height: int,
+    height: int,
+    top: int,
+    bottom: int,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> SourceRows:
     """Source rows for output rows [top, bottom) when `source_height` rows become `height`."""
     centre_r = torch.arange(top, bottom, device=device, dtype=torch.float64) + 0.5
     position_r = (centre_r * (source_height / height) - 0.5).clamp(min=0.0)
     near_r = position_r.floor().long().clamp(max=source_height - 1)
     far_r = (near_r + 1).clamp(max=source_height - 1)
-    return SourceRows(near_r, far_r, (position_r - near_r).float())
+    return SourceRows(near_r, far_r, (position_r - near_r).to(dtype))
 
 
 def mix_rows(values_BKhw: Tensor, source: SourceRows, width: int) -> Tensor:

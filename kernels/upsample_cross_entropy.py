@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segdeformer.kernels.impl import Impl, check_impl
+from segdeformer.kernels.impl import Impl, choose_upsampling
 
 Average = Literal["valid", "all"]
+
+
+class HardPixels(NamedTuple):
+    """Online hard example mining: the loss of confident pixels is left out.
+
+    A pixel counts if the softmax of its true class is below `threshold`, or below that of the
+    `kept`-th hardest valid pixel of the batch, whichever is higher.
+    """
+
+    threshold: float = 0.7
+    kept: int = 100_000
 
 
 def upsample_cross_entropy(
@@ -20,14 +32,19 @@ def upsample_cross_entropy(
     class_weights_K: Tensor | None = None,
     label_smoothing: float = 0.0,
     average: Average = "valid",
+    hard_pixels: HardPixels | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Mean cross-entropy of the logits resized to the labels' size (Eqs. 8-9), a float32 scalar.
 
-    Bilinear, align_corners=False. `valid` divides by the pixels that are not ignored (with class
-    weights: by the sum of their weights, PyTorch's rule), `all` by every pixel (mmsegmentation's).
-    If all pixels are ignored the loss is 0 with zero gradients.
-    Raises `ValueError` when batch sizes differ or `average` is unknown.
+    Bilinear, align_corners=False, any two sizes; logits of any floating dtype, sums in float32
+    (float64 for float64 logits); integer labels. The full-resolution logits are never held, but
+    by impl `reference`.
+    `valid` divides by the pixels that are not ignored (with class weights: by the sum of their
+    weights, PyTorch's rule), `all` by every pixel (mmsegmentation's). Easy pixels that `hard_pixels`
+    leaves out count as ignored. If all pixels are ignored the loss is 0 with zero gradients.
+    Raises `ValueError` when shapes do not belong together, `average` is unknown or, but for impl
+    `triton`, which gives NaN, a label is neither a class nor ignored.
     """
     if logits_BKhw.ndim != 4 or labels_BHW.ndim != 3 or logits_BKhw.shape[0] != labels_BHW.shape[0]:
         raise ValueError(
@@ -36,15 +53,35 @@ def upsample_cross_entropy(
         )
     if average not in ("valid", "all"):
         raise ValueError(f"average is `{average}`; expected `valid` or `all`")
-    check_impl(impl)  # the reference is all there is yet, and it is right for every choice that resolves
-    return upsample_cross_entropy_reference(
-        logits_BKhw,
-        labels_BHW,
-        ignore_index=ignore_index,
-        class_weights_K=class_weights_K,
-        label_smoothing=label_smoothing,
-        average=average,
-    )
+    chosen = choose_upsampling(impl, "upsample_cross_entropy", logits_BKhw)
+    if chosen != "triton":
+        _check_labels(labels_BHW, logits_BKhw.shape[1], ignore_index)
+    if hard_pixels is not None:
+        losses_BHW = _loss_map(logits_BKhw.detach(), labels_BHW, ignore_index, chosen)
+        labels_BHW = _without_easy(labels_BHW, losses_BHW, ignore_index, hard_pixels)
+    if chosen == "reference":
+        return upsample_cross_entropy_reference(
+            logits_BKhw,
+            labels_BHW,
+            ignore_index=ignore_index,
+            class_weights_K=class_weights_K,
+            label_smoothing=label_smoothing,
+            average=average,
+        )
+    if chosen == "triton":
+        from segdeformer.kernels.upsample_launches import upsample_loss_triton
+
+        total, _, _ = upsample_loss_triton(
+            logits_BKhw, labels_BHW, class_weights_K, ignore_index, label_smoothing
+        )
+    else:
+        from segdeformer.kernels.upsample_loss_strips import upsample_loss_strips
+
+        wanted = torch.is_grad_enabled() and logits_BKhw.requires_grad
+        total, _, _ = upsample_loss_strips(
+            logits_BKhw, labels_BHW, class_weights_K, ignore_index, label_smoothing, wanted
+        )
+    return total / _divisor(labels_BHW, class_weights_K, ignore_index, average)
 
 
 def upsample_cross_entropy_reference(
@@ -57,21 +94,64 @@ def upsample_cross_entropy_reference(
     average: Average,
 ) -> Tensor:
     """The definition: resize, then cross-entropy; holds the full-resolution logits."""
+    dtype = torch.promote_types(logits_BKhw.dtype, torch.float32)
     full_BKHW = F.interpolate(
-        logits_BKhw.float(), labels_BHW.shape[-2:], mode="bilinear", align_corners=False
+        logits_BKhw.to(dtype), labels_BHW.shape[-2:], mode="bilinear", align_corners=False
     )
     total = F.cross_entropy(
         full_BKHW,
-        labels_BHW,
-        weight=class_weights_K,
+        labels_BHW.long(),
+        weight=class_weights_K.to(dtype) if class_weights_K is not None else None,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         reduction="sum",
     )
+    return total / _divisor(labels_BHW, class_weights_K, ignore_index, average)
+
+
+def _divisor(
+    labels_BHW: Tensor, class_weights_K: Tensor | None, ignore_index: int, average: Average
+) -> Tensor | int:
     if average == "all":
-        return total / labels_BHW.numel()
+        return max(1, labels_BHW.numel())
     valid_BHW = labels_BHW != ignore_index
     if class_weights_K is None:
-        return total / valid_BHW.sum().clamp(min=1)
-    divisor = (class_weights_K[labels_BHW.where(valid_BHW, 0)] * valid_BHW).sum()
-    return total / divisor.where(divisor > 0, 1.0)
+        return valid_BHW.sum().clamp(min=1)
+    last = class_weights_K.shape[0] - 1
+    divisor = (class_weights_K[labels_BHW.where(valid_BHW, 0).long().clamp(0, last)] * valid_BHW).sum()
+    return divisor.where(divisor > 0, 1.0)
+
+
+def _check_labels(labels_BHW: Tensor, num_classes: int, ignore_index: int) -> None:
+    if torch.compiler.is_compiling():
+        return  # a value cannot stop a graph
+    stray_BHW = (labels_BHW != ignore_index) & ((labels_BHW < 0) | (labels_BHW >= num_classes))
+    if stray_BHW.any():
+        first = int(labels_BHW[stray_BHW][0])
+        raise ValueError(
+            f"label {first} is none of the {num_classes} classes and not {ignore_index}, the ignored id "
+            f"({int(stray_BHW.sum()):,} such pixels); the labels need another mapping"
+        )
+
+
+def _loss_map(logits_BKhw: Tensor, labels_BHW: Tensor, ignore_index: int, chosen: str) -> Tensor:
+    """Unweighted cross-entropy of each pixel, (B, H, W); 0 where ignored."""
+    if chosen == "triton":
+        from segdeformer.kernels.upsample_launches import upsample_loss_triton
+
+        return upsample_loss_triton(logits_BKhw, labels_BHW, None, ignore_index, 0.0)[1]
+    from segdeformer.kernels.upsample_loss_strips import upsample_loss_strips
+
+    return upsample_loss_strips(logits_BKhw, labels_BHW, None, ignore_index, 0.0, False)[1]
+
+
+def _without_easy(
+    labels_BHW: Tensor, losses_BHW: Tensor, ignore_index: int, hard_pixels: HardPixels
+) -> Tensor:
+    shares_BHW = (-losses_BHW).exp()
+    valid_BHW = labels_BHW != ignore_index
+    # Ignored pixels as the easiest of all, so that the kept-th hardest is a valid one if there are as many.
+    ranked = shares_BHW.where(valid_BHW, torch.inf).flatten()
+    kept = min(max(hard_pixels.kept, 1), ranked.numel())
+    limit = ranked.kthvalue(kept).values.clamp(min=hard_pixels.threshold)
+    return labels_BHW.where(shares_BHW <= limit, ignore_index)

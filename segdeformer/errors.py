@@ -1,4 +1,4 @@
-"""The one exception that a command line turns into one line and an exit code."""
+"""The exceptions that a command line turns into one line and an exit code."""
 
 
 class UserError(ValueError):
@@ -18,3 +18,7 @@ class UsageError(UserError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, exit_code=2)
+
+
+class KernelError(UserError):
+    """A GPU kernel did not compile or start; the message names kernel, shapes, tile and remedy."""

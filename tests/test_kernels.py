@@ -3,19 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from budget import assert_no_worse, random
 
 from segdeformer.kernels.attention import attention, attention_reference
 from segdeformer.kernels.attention_blocks import attention_blocks
 from segdeformer.kernels.external_attention import external_attention, external_attention_reference
-from segdeformer.kernels.impl import check_impl, choose_impl
 from segdeformer.kernels.rows import upsample_rows
 from segdeformer.kernels.upsample_cross_entropy import upsample_cross_entropy
 
 SIZES = [(1, 1, 19, 19), (17, 63, 32, 32), (200, 17, 64, 19), (63, 200, 19, 64), (128, 1, 150, 32)]
-
-
-def random(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def explicit_attention(q, k, v, scale):
@@ -27,13 +23,6 @@ def explicit_attention(q, k, v, scale):
             weights = (scores - scores.max()).exp()
             rows.append((weights[:, None] * v[batch].double()).sum(0) / weights.sum())
     return torch.stack(rows).unflatten(0, q.shape[:2])
-
-
-def assert_no_worse(ours, eager, oracle):
-    """At most twice the error of the textbook form in the same dtype, plus rounding."""
-    rounding = torch.finfo(ours.dtype).eps * max(1.0, oracle.abs().max().item())
-    error, allowed = (ours.double() - oracle).abs().max(), (eager.double() - oracle).abs().max()
-    assert error <= 2 * allowed + 16 * rounding, (error, allowed)
 
 
 @pytest.mark.parametrize(("n", "m", "d", "e"), SIZES)
@@ -118,24 +107,6 @@ def test_references_pass_gradcheck():
     assert torch.autograd.gradcheck(lambda *a: attention_reference(*a, scale=0.5), (q, k, v))
     a, b = (random(1, 4, 3, seed=s, dtype=torch.float64).requires_grad_() for s in (7, 8))
     assert torch.autograd.gradcheck(lambda *x: external_attention_reference(*x, scale=0.5), (a, b))
-
-
-def test_impl_is_chosen_by_name_and_a_fixed_rule():
-    small, large = torch.zeros(1, 8, 4), torch.zeros(1, 2048, 4)
-    assert [choose_impl(n, large, large) for n in ("sdpa", "blocks", "reference")] == [
-        "sdpa",
-        "blocks",
-        "reference",
-    ]
-    assert choose_impl("auto", large, large) == "sdpa"  # gradients may be wanted
-    with torch.inference_mode():
-        assert choose_impl("auto", large, large) == "blocks"
-        assert choose_impl("auto", small, large) == "sdpa"
-        assert choose_impl("auto", large.double(), large.double()) == "sdpa"
-    with pytest.raises(ValueError, match="`triton` is not in this version"):
-        check_impl("triton")
-    with pytest.raises(ValueError, match="impl is `cuda`; expected one of auto"):
-        check_impl("cuda")
 
 
 @pytest.mark.parametrize(("n", "m", "d", "e"), [(1500, 2049, 19, 32), (1024, 1025, 64, 17), (1, 3000, 8, 8)])

@@ -1,0 +1,146 @@
+"""Launching Triton kernels: what every kernel's host side shares.
+
+A `Launch` holds all that a kernel is called with, so that the same object is run on a GPU, run in
+Triton's interpreter, or compiled ahead of time for a card that is not here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.errors import TritonError
+
+from segdeformer.errors import KernelError
+from segdeformer.kernels.tiles import LARGEST_WIDTH, Tile
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ALIGNED = 16  # elements: Triton vectorises, and pipelines, what it knows to be a multiple of this
+
+
+class Launch(NamedTuple):
+    """One kernel call; nothing has run yet."""
+
+    kernel: Any  # triton.JITFunction, or the interpreter's stand-in
+    grid: tuple[int, ...]
+    tensors: Mapping[str, Tensor]
+    numbers: Mapping[str, int | float]
+    constants: Mapping[str, int | str | bool]
+    tile: Tile
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    def run(self) -> None:
+        """Start it on the tensors' device; raises `KernelError`."""
+        device = next(iter(self.tensors.values())).device
+        if self.tile.tma and device.type == "cuda":
+            triton.set_allocator(  # of this thread: the backward runs in one of its own
+                lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device)
+            )
+        guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        try:
+            with guard:
+                self.kernel[self.grid](
+                    **self.tensors,
+                    **self.numbers,
+                    **self.constants,
+                    num_warps=self.tile.warps,
+                    num_stages=self.tile.stages,
+                )
+        except (TritonError, RuntimeError) as error:
+            raise KernelError(self.failure(error)) from error
+
+    def failure(self, error: Exception) -> str:
+        """What to print when the kernel did not start."""
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in self.tensors.items())
+        dtype = str(next(iter(self.tensors.values())).dtype).removeprefix("torch.")
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return (
+            f"Triton kernel {self.name} failed ({reason[-1]}) for {dtype} {shapes} with tile {self.tile}; "
+            "measure tiles that fit this GPU with `segdeformer bench --tune`, or use --impl sdpa"
+        )
+
+
+def interpreting() -> bool:
+    """Whether Triton's kernels run in its CPU interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _mend_interpreter() -> None:
+    """Let Triton 3.6 loop in its interpreter: NumPy 2.5 takes no int() of its one-element arrays any more."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_and_mend
+
+
+if interpreting() and triton.__version__.startswith("3.6."):
+    _mend_interpreter()
+
+
+def check_operands(*tensors: Tensor) -> None:
+    """Raise `ValueError` unless Triton's kernels can take these tensors together."""
+    first = tensors[0]
+    if any(t.dtype != first.dtype for t in tensors) or first.dtype not in DTYPES:
+        kinds = ", ".join(str(t.dtype).removeprefix("torch.") for t in tensors)
+        raise ValueError(
+            f"impl `triton` takes tensors of one dtype, float16, bfloat16 or float32; got {kinds}"
+        )
+    if any(t.device != first.device for t in tensors):
+        places = ", ".join(str(t.device) for t in tensors)
+        raise ValueError(f"impl `triton` takes tensors on one device; got {places}")
+    if first.device.type == "cuda":
+        return
+    if not interpreting():
+        raise ValueError(
+            f"impl `triton` needs a GPU, the tensors are on {first.device}; use auto or sdpa "
+            "(or set TRITON_INTERPRET=1 before the start to try the kernels, slowly, on a CPU)"
+        )
+    if first.dtype == torch.bfloat16:
+        raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; use float16 or float32 there")
+
+
+def check_widths(*widths: int) -> None:
+    """Raise `ValueError` for a width that no tile covers."""
+    if max(widths) > LARGEST_WIDTH:
+        raise ValueError(
+            f"impl `triton` takes widths up to {LARGEST_WIDTH}, got {max(widths)}; use sdpa, or more heads"
+        )
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How float32 products are taken: exactly, unless PyTorch's own matmul is allowed TF32."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
+
+
+def padded_rows(matrix_BNW: Tensor, width: int) -> Tensor:
+    """Rows of `width` columns, zeros behind the real ones, every row 16-byte aligned.
+
+    A view where they are so already, else a copy: a product over N x M costs far more.
+    """
+    batch, num_rows, real = matrix_BNW.shape
+    if (
+        real == width
+        and matrix_BNW.stride(2) == 1
+        and matrix_BNW.stride(1) % ALIGNED == 0
+        and matrix_BNW.stride(0) % ALIGNED == 0
+        and matrix_BNW.storage_offset() % ALIGNED == 0
+    ):
+        return matrix_BNW
+    padded_BNW = matrix_BNW.new_empty(batch, num_rows, width)
+    padded_BNW[..., :real] = matrix_BNW
+    padded_BNW[..., real:] = 0
+    return padded_BNW

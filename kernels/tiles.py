@@ -1,0 +1,189 @@
+"""Block shapes of the Triton kernels: measured ones per GPU, safe ones for every other card.
+
+`tuned/defaults.json` holds, per architecture, tiles that compile within the card's shared memory without
+spills to speak of; `benchmarks/aot.py` wrote it and proves it. `tuned/<gpu>.json` holds what
+`segdeformer bench --tune` measured on one GPU; files in the user's cache folder come before ours:
+
+    {"gpu": "NVIDIA H200", "architecture": "sm_90", "torch": ..., "triton": ..., "commit": ..., "date": ...,
+     "tiles": {kernel: {"256x160": {"2": [queries, keys, warps, stages, tma, warp_specialize]}}},
+     "backward": {"256x160": {"2": "fused" or "chunks"}},
+     "choices": [the fields of `Choice`]}
+
+Widths in keys are padded ones, "2" and "4" are bytes of an element.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+WIDTHS = (64, 128, 192, 256, 512)  # classes of the default tiles: the wider of keys and values, rounded up
+LARGEST_WIDTH = WIDTHS[-1]
+WIDEST_FUSED_BACKWARD = 256
+TUNED = Path(__file__).parent / "tuned"
+
+
+class Tile(NamedTuple):
+    """How a kernel cuts its work."""
+
+    block_queries: int
+    block_keys: int
+    warps: int
+    stages: int  # depth of the software pipeline
+    tma: bool = False  # Hopper's bulk copies instead of cp.async
+    warp_specialize: bool = False
+
+    def __str__(self) -> str:
+        extras = "".join(f", {name}" for name in ("tma", "warp_specialize") if getattr(self, name))
+        return f"{self.block_queries}x{self.block_keys}, {self.warps} warps, {self.stages} stages{extras}"
+
+
+class Choice(NamedTuple):
+    """A recorded race between our kernels and PyTorch's scaled_dot_product_attention."""
+
+    operation: str
+    width: int  # of queries and keys, as the model has it
+    value_width: int
+    element_bytes: int
+    training: bool  # forward + backward, else forward
+    triton_ms: float
+    sdpa_ms: float
+    sdpa_backend: str
+
+    def serves(
+        self, operation: str, width: int, value_width: int, element_bytes: int, training: bool
+    ) -> bool:
+        """Whether it was run with these widths, after padding."""
+        mine = (self.operation, padded_width(self.width), padded_width(self.value_width))
+        if max(width, value_width) > LARGEST_WIDTH:
+            return False
+        asked = (operation, padded_width(width), padded_width(value_width))
+        return mine == asked and (self.element_bytes, self.training) == (element_bytes, training)
+
+
+class Architecture(NamedTuple):
+    """A kind of card, as the default tiles know it."""
+
+    name: str
+    shared_bytes: int  # shared memory that one program may use
+    backend: str
+    warp_size: int
+
+
+ARCHITECTURES = {
+    card.name: card
+    for card in (
+        Architecture("sm_80", 163 * 1024, "cuda", 32),
+        Architecture("sm_86", 99 * 1024, "cuda", 32),
+        Architecture("sm_90", 227 * 1024, "cuda", 32),
+        Architecture("sm_100", 227 * 1024, "cuda", 32),
+        Architecture("gfx942", 64 * 1024, "hip", 64),
+    )
+}
+
+
+def split_width(width: int) -> tuple[int, int]:
+    """The least sum of two powers of two from 16 on that covers a width; the second is 0 where one does.
+
+    150 gives (128, 32), 171 (128, 64), 19 (32, 0).
+    """
+    assert width <= LARGEST_WIDTH
+    powers = (16, 32, 64, 128, 256, 512)
+    covers = [(first, 0) for first in powers] + [(a, b) for a in powers for b in powers if b < a]
+    return min((c for c in covers if sum(c) >= width), key=lambda c: (sum(c), c[1]))
+
+
+def padded_width(width: int) -> int:
+    """A width with its padding."""
+    return sum(split_width(width))
+
+
+def architecture_of(device: torch.device) -> Architecture:
+    """The kind of card whose default tiles are safe on this device.
+
+    Raises `ValueError` for NVIDIA cards before compute capability 8.0.
+    """
+    if device.type != "cuda":
+        return ARCHITECTURES["sm_90"]  # Triton's interpreter, which takes any tile
+    if torch.version.hip is not None:
+        return ARCHITECTURES["gfx942"]
+    properties = torch.cuda.get_device_properties(device)
+    shared, major = properties.shared_memory_per_block_optin, properties.major
+    if shared >= ARCHITECTURES["sm_90"].shared_bytes:
+        return ARCHITECTURES["sm_100" if major >= 10 else "sm_90"]
+    if major < 8:
+        raise ValueError(
+            f"impl `triton` needs an NVIDIA GPU of compute capability 8.0 or newer, {properties.name} has "
+            f"{major}.{properties.minor}, for which Triton has no matrix instructions; use --impl sdpa"
+        )
+    return ARCHITECTURES["sm_80" if shared >= ARCHITECTURES["sm_80"].shared_bytes else "sm_86"]
+
+
+def choose_tile(kernel: str, width: int, value_width: int, element_bytes: int, device: torch.device) -> Tile:
+    """The measured tile for these padded widths on this GPU, else the default of its architecture."""
+    if device.type == "cuda":
+        measured = tuned_for(device).get("tiles", {}).get(kernel, {}).get(f"{width}x{value_width}", {})
+        if str(element_bytes) in measured:
+            return Tile(*measured[str(element_bytes)])
+    return default_tile(kernel, width, value_width, element_bytes, architecture_of(device))
+
+
+def backward_form(queries: torch.Tensor, values: torch.Tensor) -> str:
+    """`fused` or `chunks`: as measured on this GPU, else chunks where the fused tiles do not fit on chip."""
+    width, value_width = queries.shape[2], values.shape[2]
+    if queries.device.type == "cuda":
+        measured = tuned_for(queries.device).get("backward", {}).get(f"{width}x{value_width}", {})
+        if str(queries.element_size()) in measured:
+            return str(measured[str(queries.element_size())])
+    return "chunks" if max(width, value_width) > WIDEST_FUSED_BACKWARD else "fused"
+
+
+def default_tile(
+    kernel: str, width: int, value_width: int, element_bytes: int, architecture: Architecture
+) -> Tile:
+    """The tile of `defaults.json` for the least class that covers both widths."""
+    table = read_tiles(TUNED / "defaults.json")[architecture.name][kernel]
+    least = min(int(known) for known in table if int(known) >= max(width, value_width))
+    return Tile(*table[str(least)][str(element_bytes)])
+
+
+def tuned_for(device: torch.device) -> dict[str, Any]:
+    """What was measured on this GPU, the user's own measurements first; empty if nothing was."""
+    name = f"{gpu_slug(torch.cuda.get_device_name(device))}.json"
+    for folder in (user_tuned(), TUNED):
+        if (folder / name).is_file():
+            return read_tiles(folder / name)
+    return {}
+
+
+def measured_choices(device: torch.device) -> list[Choice]:
+    """The races that were run on this GPU."""
+    return [Choice(**choice) for choice in tuned_for(device).get("choices", [])]
+
+
+def user_tuned() -> Path:
+    """Where `segdeformer bench --tune` keeps this user's measurements."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "segdeformer" / "tuned"
+
+
+def gpu_slug(name: str) -> str:
+    """A file name for a GPU: `NVIDIA H200` gives `nvidia_h200`."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+@functools.cache
+def read_tiles(path: Path) -> dict[str, Any]:
+    """A tile file, read once; raises `ValueError` when it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); delete it and run `segdeformer bench --tune`"
+        ) from None

@@ -1,0 +1,122 @@
+"""The winning class of bilinearly upsampled logits. B batch, K classes, hw map, HW output, r rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from segdeformer.kernels.impl import Impl, choose_upsampling
+from segdeformer.kernels.rows import strip_rows, upsample_rows
+
+
+class Winners(NamedTuple):
+    ids_BHW: Tensor  # uint8, int16 for more than 256 classes
+    confidence_BHW: Tensor | None  # float32 in (0, 1], softmax of the winner
+
+
+def upsample_argmax(
+    logits_BKhw: Tensor, size: tuple[int, int], *, confidence: bool = False, impl: Impl = "auto"
+) -> Winners:
+    """argmax over K of the logits resized to `size` = (H, W), without holding the resized logits.
+
+    Bilinear, align_corners=False. Of equal logits the lowest id wins. No gradients.
+    Raises `ValueError` for logits that are not (B, K, h, w).
+    """
+    if logits_BKhw.ndim != 4:
+        raise ValueError(f"logits have shape {tuple(logits_BKhw.shape)}; expected (B,K,h,w)")
+    match choose_upsampling(impl, "upsample_argmax", logits_BKhw):
+        case "reference":
+            return upsample_argmax_reference(logits_BKhw, size, confidence=confidence)
+        case "triton":
+            from segdeformer.kernels.upsample_launches import upsample_argmax_triton
+
+            ids_BHW, confidence_BHW = upsample_argmax_triton(logits_BKhw.detach(), *size, confidence)
+        case _:
+            ids_BHW, confidence_BHW = _upsample_argmax_strips(logits_BKhw.detach(), *size, confidence)
+    return Winners(ids_BHW, confidence_BHW if confidence else None)
+
+
+def upsample_argmax_reference(
+    logits_BKhw: Tensor, size: tuple[int, int], *, confidence: bool = False
+) -> Winners:
+    """The definition; holds the full-resolution logits."""
+    full_BKHW = F.interpolate(logits_BKhw.float(), size, mode="bilinear", align_corners=False)
+    ids_BHW = full_BKHW.argmax(dim=1).to(id_dtype(logits_BKhw.shape[1]))
+    return Winners(ids_BHW, full_BKHW.softmax(dim=1).amax(dim=1) if confidence else None)
+
+
+def upsample_confusion(
+    logits_BKhw: Tensor,
+    labels_BHW: Tensor,
+    matrix_KK: Tensor,
+    *,
+    ignore_index: int = 255,
+    impl: Impl = "auto",
+) -> Winners:
+    """Add to `matrix_KK` (int64, rows: labels, columns: winners) how often each pair occurs.
+
+    Counted on the logits' device: no map leaves it. Pixels with ignored or other labels do not
+    count. Returns the winners. Raises `ValueError` when shapes do not belong together.
+    """
+    num_classes = logits_BKhw.shape[1]
+    if labels_BHW.ndim != 3 or labels_BHW.shape[0] != logits_BKhw.shape[0]:
+        raise ValueError(
+            f"logits {tuple(logits_BKhw.shape)} and labels {tuple(labels_BHW.shape)} do not belong together; "
+            "expected (B,K,h,w) and (B,H,W)"
+        )
+    if matrix_KK.shape != (num_classes, num_classes) or matrix_KK.dtype != torch.int64:
+        raise ValueError(
+            f"the matrix is {tuple(matrix_KK.shape)} {matrix_KK.dtype}; "
+            f"expected int64 ({num_classes}, {num_classes})"
+        )
+    height, width = labels_BHW.shape[1:]
+    winners = upsample_argmax(logits_BKhw, (height, width), impl=impl)
+    add_confusion(matrix_KK, labels_BHW, winners.ids_BHW, ignore_index=ignore_index)
+    return winners
+
+
+def add_confusion(matrix_KK: Tensor, labels: Tensor, ids: Tensor, *, ignore_index: int = 255) -> None:
+    """Count the pairs of two maps of one shape, on their device."""
+    num_classes = matrix_KK.shape[0]
+    labels = labels.long()
+    known = (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
+    pairs = (labels * num_classes + ids).where(known, num_classes**2)  # the last bin is dropped
+    counts = torch.bincount(pairs.flatten(), minlength=num_classes**2 + 1)[:-1]
+    matrix_KK += counts.view(num_classes, num_classes)
+
+
+def id_dtype(num_classes: int) -> torch.dtype:
+    """The least integer type that holds every class id."""
+    return torch.uint8 if num_classes <= 256 else torch.int16
+
+
+def empty_winners(logits: Tensor, height: int, width: int, confidence: bool) -> tuple[Tensor, Tensor]:
+    """What the operators return; an empty confidence if none is wanted."""
+    size = (logits.shape[0], height, width)
+    return (
+        logits.new_empty(size, dtype=id_dtype(logits.shape[1])),
+        logits.new_empty(size if confidence else (0,), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("segdeformer::upsample_argmax_strips", mutates_args=())
+def _upsample_argmax_strips(
+    logits: Tensor, height: int, width: int, confidence: bool
+) -> tuple[Tensor, Tensor]:
+    ids_BHW, confidence_BHW = empty_winners(logits, height, width, confidence)
+    rows = strip_rows(logits.shape[1] * width)
+    for b in range(logits.shape[0]):
+        map_1Khw = logits[b : b + 1].float()
+        for top in range(0, height, rows):
+            strip = slice(top, min(top + rows, height))
+            full_KrW = upsample_rows(map_1Khw, (height, width), strip.start, strip.stop)[0]
+            ids_BHW[b, strip] = full_KrW.argmax(dim=0)
+            if confidence:
+                confidence_BHW[b, strip] = (full_KrW.amax(dim=0) - full_KrW.logsumexp(dim=0)).exp()
+    return ids_BHW, confidence_BHW
+
+
+_upsample_argmax_strips.register_fake(empty_winners)

@@ -1,0 +1,164 @@
+"""Cross-entropy of upsampled logits on any device, in strips of output rows: no full-resolution logits.
+
+The gradient is made in the same pass as the loss, since its only factor is a scalar.
+B batch, K classes, hw map, HW labels, r rows of a strip.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from segdeformer.kernels.rows import SourceRows, source_rows
+
+STRIP_BYTES = 4 * 2**20  # what stays in a processor's cache between the passes over a strip
+
+
+@torch.library.custom_op("segdeformer::upsample_loss_strips", mutates_args=())
+def upsample_loss_strips(
+    logits: Tensor,
+    labels: Tensor,
+    class_weights: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the losses, each pixel's loss (B, H, W), and the sum's gradient (B, K, h, w) or an empty tensor.
+
+    Float32, or float64 for float64 logits. Ignored pixels lose 0. Only the sum carries gradients.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    weights_K = class_weights.to(dtype) if class_weights is not None else None
+    losses_BHW = torch.zeros(labels.shape, dtype=dtype, device=logits.device)
+    shape = logits.shape if with_gradient else (0,)
+    gradient_BKhw = torch.zeros(shape, dtype=dtype, device=logits.device)
+    if not labels.numel():
+        return losses_BHW.sum(), losses_BHW, gradient_BKhw
+    columns = _Columns(logits.shape[-1], labels.shape[-1], dtype, logits.device)
+    step = max(1, STRIP_BYTES // (4 * logits.shape[1] * labels.shape[-1]))
+    for b in range(logits.shape[0]):
+        map_Khw = logits[b].to(dtype).contiguous()
+        for top in range(0, labels.shape[1], step):
+            rows = slice(top, min(top + step, labels.shape[1]))
+            source = source_rows(
+                logits.shape[2], labels.shape[1], rows.start, rows.stop, device=logits.device, dtype=dtype
+            )
+            full_KrW = columns.upsample(_mix(map_Khw, source))
+            labels_rW = labels[b, rows].long()
+            slopes_KrW = _strip_loss(
+                full_KrW,
+                labels_rW,
+                losses_BHW[b, rows],
+                weights_K,
+                ignore_index,
+                label_smoothing,
+            )
+            if with_gradient:
+                _gather_rows(gradient_BKhw[b], columns.gather(slopes_KrW), source)
+    return losses_BHW.sum(dtype=torch.float64).to(dtype), losses_BHW, gradient_BKhw
+
+
+@upsample_loss_strips.register_fake
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    class_weights: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return (
+        logits.new_empty((), dtype=dtype),
+        logits.new_empty(labels.shape, dtype=dtype),
+        logits.new_empty(logits.shape if with_gradient else (0,), dtype=dtype),
+    )
+
+
+def _mix(map_Khw: Tensor, source: SourceRows) -> Tensor:
+    return torch.lerp(
+        map_Khw.index_select(1, source.near_r),
+        map_Khw.index_select(1, source.far_r),
+        source.far_weight_r[:, None],
+    )
+
+
+def _gather_rows(gradient_Khw: Tensor, slopes_Krw: Tensor, source: SourceRows) -> None:
+    far_weight_r1 = source.far_weight_r[:, None]
+    gradient_Khw.index_add_(1, source.near_r, slopes_Krw * (1 - far_weight_r1))
+    gradient_Khw.index_add_(1, source.far_r, slopes_Krw * far_weight_r1)
+
+
+def _strip_loss(
+    full_KrW: Tensor,
+    labels_rW: Tensor,
+    losses_rW: Tensor,
+    weights_K: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """Write the strip's losses and return its slopes, the gradient at full resolution."""
+    num_classes = full_KrW.shape[0]
+    log_shares_KrW = full_KrW.log_softmax(dim=0)
+    valid_rW = labels_rW != ignore_index
+    target_1rW = labels_rW.where(valid_rW, 0).unsqueeze(0)
+    hit_rW = valid_rW.to(full_KrW.dtype)
+    if weights_K is not None:
+        hit_rW = hit_rW * weights_K[target_1rW[0]]
+    hit_rW = hit_rW * (1 - label_smoothing)
+    torch.mul(log_shares_KrW.gather(0, target_1rW)[0], -hit_rW, out=losses_rW)
+    even_K11 = None
+    total_rW = hit_rW
+    if label_smoothing:
+        even_K11 = torch.full_like(log_shares_KrW[:, :1, :1], label_smoothing / num_classes)
+        if weights_K is not None:
+            even_K11 = even_K11 * weights_K[:, None, None]
+        losses_rW -= (log_shares_KrW * even_K11).sum(dim=0) * valid_rW
+        total_rW = hit_rW + even_K11.sum() * valid_rW
+    slopes_KrW = log_shares_KrW.exp_().mul_(total_rW)
+    if even_K11 is not None:
+        slopes_KrW -= even_K11 * valid_rW
+    return slopes_KrW.scatter_add_(0, target_1rW, -hit_rW.unsqueeze(0))
+
+
+class _Columns:
+    """Bilinear resizing of rows, and its transpose."""
+
+    def __init__(self, source: int, target: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.source, self.target = source, target
+        # PyTorch finds positions in the data's own precision: exact only if the ratio is a power of two.
+        ratio = target / source
+        self.exact = ratio.is_integer() and int(ratio).bit_count() == 1
+        if not self.exact:
+            taps = source_rows(source, target, 0, target, device=device, dtype=dtype)
+            self.matrix_Ww = torch.zeros(target, source, dtype=dtype, device=device)
+            self.matrix_Ww.scatter_add_(1, taps.near_r[:, None], 1 - taps.far_weight_r[:, None])
+            self.matrix_Ww.scatter_add_(1, taps.far_r[:, None], taps.far_weight_r[:, None])
+
+    def upsample(self, rows_Krw: Tensor) -> Tensor:
+        if not self.exact:
+            return rows_Krw @ self.matrix_Ww.T
+        size = (rows_Krw.shape[1], self.target)
+        return F.interpolate(rows_Krw[None], size, mode="bilinear", align_corners=False)[0]
+
+    def gather(self, slopes_KrW: Tensor) -> Tensor:
+        if not self.exact:
+            return slopes_KrW @ self.matrix_Ww
+        num_classes, rows, _ = slopes_KrW.shape
+        return torch.ops.aten.upsample_bilinear2d_backward(
+            slopes_KrW[None], [rows, self.target], [1, num_classes, rows, self.source], False, None, None
+        )[0]
+
+
+def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(output[2])
+    ctx.dtype = inputs[0].dtype
+
+
+def _backward(ctx, grad_sum, grad_losses, grad_gradient):  # type: ignore[no-untyped-def]
+    (gradient,) = ctx.saved_tensors
+    return (gradient * grad_sum).to(ctx.dtype), None, None, None, None, None
+
+
+upsample_loss_strips.register_autograd(_backward, setup_context=_keep)

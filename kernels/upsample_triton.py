@@ -1,0 +1,301 @@
+"""Triton kernels that look at upsampled logits without storing them.
+
+Each program makes its pixels from the four low-resolution neighbours, a block of classes at a time.
+Positions and weights come from tables in memory, made in float64 (see resize.py).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def upsampled_tile(
+    logits,
+    near_row,
+    far_row,
+    far_row_weight,
+    near_columns,
+    far_columns,
+    far_column_weights,
+    classes,
+    row_stride,
+    column_stride,
+    class_stride,
+    inside,
+):
+    """(pixels, classes) float32 of one output row; classes and pixels outside are -inf."""
+    near_places = near_columns[:, None] * column_stride + classes[None, :] * class_stride
+    far_places = far_columns[:, None] * column_stride + classes[None, :] * class_stride
+    upper, lower = logits + near_row * row_stride, logits + far_row * row_stride
+    upper_near = tl.load(upper + near_places, mask=inside, other=0.0).to(tl.float32)
+    upper_far = tl.load(upper + far_places, mask=inside, other=0.0).to(tl.float32)
+    lower_near = tl.load(lower + near_places, mask=inside, other=0.0).to(tl.float32)
+    lower_far = tl.load(lower + far_places, mask=inside, other=0.0).to(tl.float32)
+    far_weight = far_column_weights[:, None]
+    near_weight = 1.0 - far_weight
+    above = near_weight * upper_near + far_weight * upper_far
+    below = near_weight * lower_near + far_weight * lower_far
+    values = (1.0 - far_row_weight) * above + far_row_weight * below
+    return tl.where(inside, values, -float("inf"))
+
+
+@triton.jit
+def upsampled_loss(
+    logits,
+    labels,
+    class_weights,
+    near_rows,
+    far_rows,
+    row_weights,
+    near_columns,
+    far_columns,
+    column_weights,
+    lse,
+    losses,
+    num_classes,
+    height,
+    width,
+    batch_stride,
+    class_stride,
+    row_stride,
+    column_stride,
+    ignore_index,
+    smoothing,
+    weight_sum,
+    WEIGHTED: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+):
+    """Log-sum-exp and loss of each output pixel: 0 where ignored, NaN where the label is no class."""
+    row = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    columns = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    exists = columns < width
+    place = (batch * height + row) * width + columns
+    label = tl.load(labels + place, mask=exists, other=ignore_index).to(tl.int32)
+    near_row, far_row = tl.load(near_rows + row), tl.load(far_rows + row)
+    row_weight = tl.load(row_weights + row)
+    near_column = tl.load(near_columns + columns, mask=exists, other=0)
+    far_column = tl.load(far_columns + columns, mask=exists, other=0)
+    column_weight = tl.load(column_weights + columns, mask=exists, other=0.0)
+    logits += batch * batch_stride
+
+    highest = tl.full([BLOCK_PIXELS], -float("inf"), tl.float32)
+    weight = tl.zeros([BLOCK_PIXELS], tl.float32)
+    picked = tl.zeros([BLOCK_PIXELS], tl.float32)
+    spread = tl.zeros([BLOCK_PIXELS], tl.float32)
+    for start in tl.range(0, num_classes, BLOCK_CLASSES):
+        classes = start + tl.arange(0, BLOCK_CLASSES)
+        inside = exists[:, None] & (classes < num_classes)[None, :]
+        values = upsampled_tile(
+            logits,
+            near_row,
+            far_row,
+            row_weight,
+            near_column,
+            far_column,
+            column_weight,
+            classes,
+            row_stride,
+            column_stride,
+            class_stride,
+            inside,
+        )
+        risen = tl.maximum(highest, tl.max(values, 1))
+        risen = tl.where(exists, risen, 0.0)
+        weight = weight * tl.exp(highest - risen) + tl.sum(tl.exp(values - risen[:, None]), 1)
+        highest = risen
+        picked += tl.sum(tl.where(classes[None, :] == label[:, None], values, 0.0), 1)
+        if SMOOTHED:
+            finite = tl.where(inside, values, 0.0)
+            if WEIGHTED:
+                shares = tl.load(class_weights + classes, mask=classes < num_classes, other=0.0)
+                finite = finite * shares[None, :]
+            spread += tl.sum(finite, 1)
+
+    total = highest + tl.log(weight)
+    tl.store(lse + place, total, mask=exists)
+    ignored = label == ignore_index
+    known = (label >= 0) & (label < num_classes)
+    loss = total - picked
+    if WEIGHTED:
+        loss *= tl.load(class_weights + label, mask=exists & known, other=0.0)
+    if SMOOTHED:
+        loss = (1.0 - smoothing) * loss + smoothing / num_classes * (weight_sum * total - spread)
+    loss = tl.where(known, loss, float("nan"))
+    tl.store(losses + place, tl.where(ignored, 0.0, loss), mask=exists)
+
+
+@triton.jit
+def upsampled_loss_gradient(
+    logits,
+    labels,
+    class_weights,
+    near_rows,
+    far_rows,
+    row_weights,
+    near_columns,
+    far_columns,
+    column_weights,
+    first_rows,
+    last_rows,
+    first_columns,
+    last_columns,
+    lse,
+    factor,
+    grad_logits,
+    num_classes,
+    height,
+    width,
+    map_height,
+    map_width,
+    batch_stride,
+    class_stride,
+    row_stride,
+    column_stride,
+    ignore_index,
+    smoothing,
+    weight_sum,
+    WEIGHTED: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+):
+    """U^T (softmax - target): each low-resolution place gathers from the output pixels it feeds."""
+    own_row = tl.program_id(1)
+    class_blocks = tl.cdiv(num_classes, BLOCK_CLASSES)
+    batch = (tl.program_id(2) // class_blocks).to(tl.int64)
+    classes = tl.program_id(2) % class_blocks * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
+    first = tl.program_id(0) * BLOCK_COLUMNS
+    own = first + tl.arange(0, BLOCK_COLUMNS)
+    logits += batch * batch_stride
+    grad_logits += batch * batch_stride
+    known = classes < num_classes
+    shares = tl.full([BLOCK_CLASSES], 1.0, tl.float32)
+    if WEIGHTED:
+        shares = tl.load(class_weights + classes, mask=known, other=0.0)
+
+    total = tl.zeros([BLOCK_COLUMNS, BLOCK_CLASSES], tl.float32)
+    left = tl.load(first_columns + first)
+    right = tl.load(last_columns + tl.minimum(first + BLOCK_COLUMNS, map_width) - 1)
+    for row in tl.range(tl.load(first_rows + own_row), tl.load(last_rows + own_row)):
+        near_row, far_row = tl.load(near_rows + row), tl.load(far_rows + row)
+        row_weight = tl.load(row_weights + row)
+        share_of_row = tl.where(near_row == own_row, 1.0 - row_weight, 0.0)
+        share_of_row += tl.where(far_row == own_row, row_weight, 0.0)
+        for start in tl.range(left, right, BLOCK_PIXELS):
+            columns = start + tl.arange(0, BLOCK_PIXELS)
+            exists = columns < right
+            place = (batch * height + row) * width + columns
+            label = tl.load(labels + place, mask=exists, other=ignore_index).to(tl.int32)
+            near_column = tl.load(near_columns + columns, mask=exists, other=0)
+            far_column = tl.load(far_columns + columns, mask=exists, other=0)
+            column_weight = tl.load(column_weights + columns, mask=exists, other=0.0)
+            values = upsampled_tile(
+                logits,
+                near_row,
+                far_row,
+                row_weight,
+                near_column,
+                far_column,
+                column_weight,
+                classes,
+                row_stride,
+                column_stride,
+                class_stride,
+                exists[:, None] & known[None, :],
+            )
+            row_lse = tl.load(lse + place, mask=exists, other=0.0)
+            probabilities = tl.exp(values - row_lse[:, None])
+            known_label = (label >= 0) & (label < num_classes)
+            valid = exists & (label != ignore_index) & known_label
+            weight = tl.where(valid, 1.0, 0.0)
+            if WEIGHTED:
+                weight = tl.load(class_weights + label, mask=valid, other=0.0)
+            hit = classes[None, :] == label[:, None]
+            slopes = weight[:, None] * (probabilities - tl.where(hit, 1.0, 0.0))
+            if SMOOTHED:
+                even = weight_sum * probabilities - shares[None, :]
+                slopes = (1.0 - smoothing) * slopes + smoothing / num_classes * tl.where(
+                    valid[:, None], even, 0.0
+                )
+            near_share = tl.where(near_column[None, :] == own[:, None], 1.0 - column_weight[None, :], 0.0)
+            far_share = tl.where(far_column[None, :] == own[:, None], column_weight[None, :], 0.0)
+            tent = tl.where(exists[None, :], (near_share + far_share) * share_of_row, 0.0)
+            total = tl.dot(tent, slopes, total, input_precision=PRECISION)
+
+    places = own_row * row_stride + own[:, None] * column_stride + classes[None, :] * class_stride
+    total *= tl.load(factor)
+    inside = (own < map_width)[:, None] & known[None, :]
+    tl.store(grad_logits + places, total.to(grad_logits.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def upsampled_argmax(
+    logits,
+    near_rows,
+    far_rows,
+    row_weights,
+    near_columns,
+    far_columns,
+    column_weights,
+    ids,
+    confidence,
+    num_classes,
+    height,
+    width,
+    batch_stride,
+    class_stride,
+    row_stride,
+    column_stride,
+    CONFIDENT: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+):
+    """The winning class of each output pixel, the lowest id of equals, and the winner's softmax."""
+    row = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    columns = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    exists = columns < width
+    near_row, far_row = tl.load(near_rows + row), tl.load(far_rows + row)
+    row_weight = tl.load(row_weights + row)
+    near_column = tl.load(near_columns + columns, mask=exists, other=0)
+    far_column = tl.load(far_columns + columns, mask=exists, other=0)
+    column_weight = tl.load(column_weights + columns, mask=exists, other=0.0)
+    logits += batch * batch_stride
+
+    highest = tl.full([BLOCK_PIXELS], -float("inf"), tl.float32)
+    winner = tl.zeros([BLOCK_PIXELS], tl.int32)
+    weight = tl.zeros([BLOCK_PIXELS], tl.float32)
+    for start in tl.range(0, num_classes, BLOCK_CLASSES):
+        classes = start + tl.arange(0, BLOCK_CLASSES)
+        inside = exists[:, None] & (classes < num_classes)[None, :]
+        values = upsampled_tile(
+            logits,
+            near_row,
+            far_row,
+            row_weight,
+            near_column,
+            far_column,
+            column_weight,
+            classes,
+            row_stride,
+            column_stride,
+            class_stride,
+            inside,
+        )
+        best = tl.max(values, 1)
+        index = start + tl.argmax(values, 1, tie_break_left=True)
+        winner = tl.where(best > highest, index.to(tl.int32), winner)
+        risen = tl.where(exists, tl.maximum(highest, best), 0.0)
+        if CONFIDENT:
+            weight = weight * tl.exp(highest - risen) + tl.sum(tl.exp(values - risen[:, None]), 1)
+        highest = risen
+
+    place = (batch * height + row) * width + columns
+    tl.store(ids + place, winner.to(ids.dtype.element_ty), mask=exists)
+    if CONFIDENT:
+        tl.store(confidence + place, 1.0 / weight, mask=exists)

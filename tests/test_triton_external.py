@@ -1,0 +1,108 @@
+"""The external attention's kernels against float64; see test_triton_attention.py."""
+
+import pytest
+import torch
+from budget import assert_no_worse, assert_values_and_gradients_no_worse
+from test_triton_attention import DEVICE, DTYPES, made, poisoned_memory  # noqa: F401
+
+from segdeformer.kernels import attention_launches, external_attention_triton
+from segdeformer.kernels.external_attention import external_attention, external_attention_reference
+from segdeformer.kernels.tiles import Tile
+
+SIZES = [(1, 150), (17, 19), (63, 171), (128, 2), (200, 150), (200, 19), (400, 2)]  # pixels, classes
+
+
+def triton_external(scale):
+    return lambda scores, middle: external_attention(scores, middle, scale=scale, impl="triton")
+
+
+def textbook(scale):
+    return lambda scores, middle: external_attention_reference(scores, middle, scale=scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_pixels", "num_classes"), SIZES)
+def test_values_and_gradients_are_no_worse_than_the_textbook_form(num_pixels, num_classes, dtype):
+    scores = 4 * made(2, num_pixels, num_classes, dtype=dtype)
+    middle = 2 * made(2, num_pixels, num_classes, seed=1)
+    upstream = made(2, num_pixels, num_classes, seed=2, dtype=dtype)
+    assert_values_and_gradients_no_worse(triton_external(0.5), textbook(0.5), [scores, middle], upstream)
+
+
+def test_middle_logits_may_have_the_dtype_of_the_scores():
+    scores, middle = made(1, 70, 19, dtype=torch.float16), made(1, 70, 19, seed=1, dtype=torch.float16)
+    upstream = made(1, 70, 19, seed=2, dtype=torch.float16)
+    assert_values_and_gradients_no_worse(triton_external(0.5), textbook(0.5), [scores, middle], upstream)
+    with pytest.raises(ValueError, match=r"middle logits are torch.float16 on .*; expected float32"):
+        external_attention(scores.float(), middle, scale=1.0, impl="triton")
+
+
+def test_low_rank_equals_the_plain_form_with_its_gradients():
+    """Eq. 7 with C-wide keys and values, made from P and K x C tables, is the K-wide form times a table."""
+    pixels, classes, width = 90, 19, 40
+    queries, middle = made(1, pixels, width), made(1, pixels, classes, seed=1)
+    keys, values = made(classes, width, seed=2), made(classes, width, seed=3)
+    upstream = made(1, pixels, width, seed=4)
+
+    def low_rank(queries, middle, keys, values):
+        return external_attention(queries @ keys.T, middle, scale=width**-0.5, impl="triton") @ values
+
+    def plain(queries, middle, keys, values):
+        probabilities = middle.softmax(-1)
+        scores = (queries @ (probabilities @ keys).transpose(1, 2)) * width**-0.5
+        return scores.softmax(-1) @ (probabilities @ values)
+
+    assert_values_and_gradients_no_worse(low_rank, plain, [queries, middle, keys, values], upstream)
+
+
+def test_strided_inputs_give_the_same():
+    packed = made(70, 2, 6 * 19)
+    scores, middle = packed[..., 1:39:2].transpose(0, 1), packed[..., 40:78:2].transpose(0, 1)
+    upstream = made(2, 19, 70, seed=5).transpose(1, 2)
+    assert_values_and_gradients_no_worse(triton_external(0.5), textbook(0.5), [scores, middle], upstream)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_convex_batches_apart_and_a_constant_changes_nothing(dtype):
+    scores, middle = made(3, 100, 150, dtype=dtype), 3 * made(3, 100, 150, seed=1)
+    mixed = external_attention(scores, middle, scale=1.0, impl="triton")
+    assert mixed.min() >= 0
+    assert (mixed.double().sum(-1) - 1).abs().max() <= 150 * torch.finfo(dtype).eps
+    shifted = external_attention(scores, middle + 5.0, scale=1.0, impl="triton")
+    torch.testing.assert_close(shifted, mixed, atol=16 * torch.finfo(dtype).eps, rtol=0)
+    alone = [external_attention(scores[i:][:1], middle[i:][:1], scale=1.0, impl="triton") for i in range(3)]
+    assert torch.equal(torch.cat(alone), mixed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_of_sixty_and_certain_pixels_stay_finite(dtype):
+    certain = 120 * torch.eye(30, device=DEVICE)[None] - 60  # P is the identity
+    scores = (120 * torch.eye(30, device=DEVICE)[None] - 60).to(dtype).requires_grad_()
+    middle = certain.clone().requires_grad_()
+    mixed = external_attention(scores, middle, scale=1.0, impl="triton")
+    eye = torch.eye(30, dtype=torch.float64, device=DEVICE)[None]
+    assert_no_worse(mixed, eye.to(dtype), eye)
+    mixed.square().sum().backward()
+    assert scores.grad.isfinite().all()
+    assert middle.grad.isfinite().all()
+    equal = external_attention(torch.zeros_like(scores), certain, scale=1.0, impl="triton")
+    assert_no_worse(equal, eye.to(dtype), torch.full_like(eye, 1 / 30))
+
+
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(16, 64), (64, 16), (32, 32)])
+def test_every_tile_gives_the_same(queries, keys, tma):
+    scores, middle = made(1, 90, 150), made(1, 90, 150, seed=1)
+    x = external_attention_triton.external_operands(scores, middle, 0.3)
+    mixed, lse = torch.full_like(scores, float("nan")), scores.new_empty(1, 90)
+    attention_launches.forward_launch(
+        x, mixed, lse, keys_are_values=True, tile=Tile(queries, keys, 4, 1, tma)
+    ).run()
+    oracle = textbook(0.3)(scores.double(), middle.double())
+    assert_no_worse(mixed, textbook(0.3)(scores, middle), oracle)
+
+
+def test_an_empty_batch_is_empty():
+    scores, middle = made(0, 5, 19).requires_grad_(), made(0, 5, 19).requires_grad_()
+    external_attention(scores, middle, scale=1.0, impl="triton").sum().backward()
+    assert scores.grad.shape == middle.grad.shape == (0, 5, 19)
