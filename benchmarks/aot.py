@@ -267,7 +267,7 @@ def shipped_cases(architectures: Iterable[str], *, main_only: bool = False) -> I
     for name in architectures:
         for kernel in KERNELS:
             classes = class_widths(kernel)
-            widths = {(d, e) for d, e in MAIN_WIDTHS[kernel.partition("_")[0]] if serves(classes, d, e)}
+            widths = set(main_widths(kernel))
             if not main_only:
                 widths |= {(width, width) for width in classes}
             for (d, e), element_bytes in itertools.product(sorted(widths), (2,) if main_only else (2, 4)):
@@ -286,12 +286,15 @@ def shipped_cases(architectures: Iterable[str], *, main_only: bool = False) -> I
                     yield Case(kernel, d, e, int(element_bytes), measured["architecture"], Tile(*tile))
 
 
-def serves(classes: list[int], width: int, value_width: int) -> bool:
-    """Whether a kernel with tiles for these classes is used for these widths."""
-    widest = max(padded_width(width), padded_width(value_width))
-    return widest <= classes[-1] and (
-        classes[0] == WIDTHS[0] or widest > WIDTHS[WIDTHS.index(classes[0]) - 1]
-    )
+def main_widths(kernel: str) -> list[tuple[int, int]]:
+    """The decoder's own widths that a kernel is used for."""
+    classes = class_widths(kernel)
+    narrower = max((width for width in WIDTHS if width < classes[0]), default=0)
+    return [
+        (d, e)
+        for d, e in MAIN_WIDTHS[kernel.partition("_")[0]]
+        if narrower < max(padded_width(d), padded_width(e)) <= classes[-1]
+    ]
 
 
 def compile_all(cases: Iterable[Case]) -> list[Compiled]:

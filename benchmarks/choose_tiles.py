@@ -13,12 +13,14 @@ import json
 import multiprocessing
 import os
 import re
+from typing import NamedTuple
 
-from aot import KERNELS, Case, class_widths, compile_case
+from aot import KERNELS, Case, class_widths, compile_case, main_widths
 
-from segdeformer.kernels.tiles import ARCHITECTURES, TUNED, Architecture, Tile
+from segdeformer.kernels.tiles import ARCHITECTURES, TUNED, Architecture, Tile, padded_width
 
 SPILL_BYTES = 16  # a chosen tile may spill this much
+SLOW_PATH_BYTES = 1000  # of spills are as bad as Ampere's matrix instructions on Hopper
 
 
 def candidates(kernel: str, width: int, element_bytes: int) -> list[Tile]:
@@ -70,46 +72,61 @@ def hopeless(architecture: Architecture, kernel: str, width: int, element_bytes:
     return shared_bytes > architecture.shared_bytes or (architecture.name != "sm_100" and held > registers)
 
 
-def choose(arguments: tuple[str, str, int, int]) -> tuple[tuple[str, str, int, int], Tile, int]:
-    """The first candidate that fits and does not spill; failing that the one that spills least."""
-    architecture, kernel, width, element_bytes = arguments
+class Wanted(NamedTuple):
+    """A tile to choose."""
+
+    architecture: str
+    kernel: str
+    width: int  # padded
+    value_width: int
+    element_bytes: int
+
+
+def choose(wanted: Wanted) -> tuple[Wanted, Tile, int]:
+    """The first candidate that fits, does not spill, and uses the card's own matrix instructions.
+
+    Failing that the one that spills least.
+    """
+    architecture, kernel, width, value_width, element_bytes = wanted
     least: tuple[int, Tile] | None = None
-    for tile in candidates(kernel, width, element_bytes):
+    for tile in candidates(kernel, max(width, value_width), element_bytes):
         if not tile.block_keys:  # too few keys fit to be worth a kernel
-            return arguments, tile, 0
-        if hopeless(ARCHITECTURES[architecture], kernel, width, element_bytes, tile):
+            return wanted, tile, 0
+        if hopeless(ARCHITECTURES[architecture], kernel, min(width, value_width), element_bytes, tile):
             continue
-        compiled = compile_case(Case(kernel, width, width, element_bytes, architecture, tile))
+        compiled = compile_case(Case(kernel, width, value_width, element_bytes, architecture, tile))
         if isinstance(compiled, str) or not compiled.fits:
             continue
-        if least is None or compiled.spill_bytes < least[0]:
-            least = compiled.spill_bytes, tile
-        if compiled.spill_bytes <= SPILL_BYTES:
+        slow = architecture == "sm_90" and element_bytes == 2 and "wgmma" not in compiled.instruction
+        cost = compiled.spill_bytes + SLOW_PATH_BYTES * slow
+        if least is None or cost < least[0]:
+            least = cost, tile
+        if cost <= SPILL_BYTES:
             break
-    assert least is not None, arguments
-    return arguments, least[1], least[0]
+    assert least is not None, wanted
+    return wanted, least[1], least[0]
 
 
-def choose_defaults(architectures: list[str]) -> None:
-    """Write these cards' part of `defaults.json`."""
-    wanted = [
-        (architecture, kernel, width, element_bytes)
-        for architecture in architectures
-        for kernel in KERNELS
-        for width in class_widths(kernel)
-        for element_bytes in (2, 4)
-    ]
+def choose_defaults(architectures: list[str], *, main_only: bool) -> None:
+    """Write these cards' part of `defaults.json`, or only the tiles of the decoder's own widths."""
     path = TUNED / "defaults.json"
     table = json.loads(path.read_text()) if path.exists() else {}
-    table |= {architecture: {} for architecture in architectures}
+    wanted = []
+    for architecture in architectures:
+        for kernel in KERNELS:
+            classes = class_widths(kernel)
+            main = [(padded_width(d), padded_width(e)) for d, e in main_widths(kernel)]
+            widths = main if main_only else [*((w, w) for w in classes), *main]
+            wanted += [
+                Wanted(architecture, kernel, *w, size) for w in dict.fromkeys(widths) for size in (2, 4)
+            ]
+        if not main_only:
+            table[architecture] = {}
     with multiprocessing.Pool(os.cpu_count()) as pool:
-        for (architecture, kernel, width, element_bytes), tile, spill in pool.imap(choose, wanted):
-            print(
-                f"{architecture} {kernel} {width} {element_bytes} bytes: {tile}, {spill} B spilled",
-                flush=True,
-            )
-            by_width = table[architecture].setdefault(kernel, {})
-            by_width.setdefault(str(width), {})[str(element_bytes)] = tile
+        for case, tile, cost in pool.imap(choose, wanted):
+            print(f"{case}: {tile}, cost {cost}", flush=True)
+            by_width = table[case.architecture].setdefault(case.kernel, {})
+            by_width.setdefault(f"{case.width}x{case.value_width}", {})[str(case.element_bytes)] = tile
     text = json.dumps(table, indent=1)
     path.write_text(re.sub(r"\[\s+([^]]*?)\s+\]", _one_line, text) + "\n")
 
@@ -121,4 +138,6 @@ def _one_line(found: re.Match[str]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
-    choose_defaults(parser.parse_args().only)
+    parser.add_argument("--main", action="store_true", help="only the decoder's own widths")
+    chosen = parser.parse_args()
+    choose_defaults(chosen.only, main_only=chosen.main)

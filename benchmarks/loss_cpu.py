@@ -1,6 +1,6 @@
-"""Cross-entropy of upsampled logits on a CPU: ours in strips against F.interpolate + F.cross_entropy, one run.
+"""Cross-entropy of upsampled logits on a CPU: strips against F.interpolate + F.cross_entropy, in one run.
 
-    python benchmarks/loss_cpu.py [--batch 2] [--classes 150] [--map 128] [--size 512] [--repeats 7] [--json FILE]
+    python benchmarks/loss_cpu.py [--batch 2] [--classes 150] [--map 128] [--size 512] [--json FILE]
 
 Forward and backward. Times alternate in one process; each peak memory is a process of its own, its
 resident set before the loss taken off.

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from segdeformer import __version__
+from segdeformer.cli.bench import bench_command
 from segdeformer.cli.eval import eval_command
 from segdeformer.cli.predict import predict_command
 from segdeformer.cli.recipes import recipes_command
@@ -28,6 +29,7 @@ app.command("train")(train_command)
 app.command("eval")(eval_command)
 app.command("predict")(predict_command)
 app.command("recipes")(recipes_command)
+app.command("bench")(bench_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -79,7 +79,7 @@ def attention_backward(
     operands = pad_operands(queries, keys, values, scale)
     upstream = Upstream(padded_rows(grad_out, operands.values.shape[2]), lse, deltas)
     if backward_form(operands.queries, operands.values) == "chunks":
-        _backward_in_chunks(operands, upstream, grad_queries, grad_keys, grad_values)
+        backward_in_chunks(operands, upstream, grad_queries, grad_keys, grad_values)
         return grad_queries, grad_keys, grad_values
     backward_queries_launch(operands, upstream, grad_queries).run()
     for launch in backward_keys_launches(operands, upstream, grad_keys, grad_values):
@@ -108,7 +108,7 @@ def _backward(ctx, grad_out, grad_lse):
 attention_with_lse.register_autograd(_backward, setup_context=_keep)
 
 
-def _backward_in_chunks(
+def backward_in_chunks(
     x: Operands, upstream: Upstream, grad_queries: Tensor, grad_keys: Tensor, grad_values: Tensor
 ) -> None:
     """All gradients for any width: P and dS of a chunk of queries by one kernel, then matrix products.

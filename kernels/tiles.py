@@ -7,9 +7,11 @@ spills to speak of; `benchmarks/aot.py` wrote it and proves it. `tuned/<gpu>.jso
     {"gpu": "NVIDIA H200", "architecture": "sm_90", "torch": ..., "triton": ..., "commit": ..., "date": ...,
      "tiles": {kernel: {"256x160": {"2": [queries, keys, warps, stages, tma, warp_specialize]}}},
      "backward": {"256x160": {"2": "fused" or "chunks"}},
-     "choices": [the fields of `Choice`]}
+     "choices": [the fields of `Choice`], "sources": a digest of the kernels that were measured,
+     "candidates": what became of every tile that was tried}
 
-Widths in keys are padded ones, "2" and "4" are bytes of an element.
+Widths in keys are padded ones, "2" and "4" are bytes of an element. `trying` names a candidate while it
+runs: one that is still there when the file is read again killed its process.
 """
 
 from __future__ import annotations
@@ -147,10 +149,13 @@ def backward_form(queries: torch.Tensor, values: torch.Tensor) -> str:
 def default_tile(
     kernel: str, width: int, value_width: int, element_bytes: int, architecture: Architecture
 ) -> Tile:
-    """The tile of `defaults.json` for the least class that covers both widths."""
+    """The tile of `defaults.json` for these widths, or for the least class that covers both."""
     table = read_tiles(TUNED / "defaults.json")[architecture.name][kernel]
-    least = min(int(known) for known in table if int(known) >= max(width, value_width))
-    return Tile(*table[str(least)][str(element_bytes)])
+    place = f"{width}x{value_width}"
+    if place not in table:
+        covering = (w for w in WIDTHS if w >= max(width, value_width) and f"{w}x{w}" in table)
+        place = "{0}x{0}".format(min(covering))
+    return Tile(*table[place][str(element_bytes)])
 
 
 def tuned_for(device: torch.device) -> dict[str, Any]:

@@ -1,0 +1,204 @@
+"""The whole decoder: folded and not, against the textbook, against SDPA, and SegFormer's for scale.
+
+    python -m benchmarks.decoder [--seconds 60] [--out FOLDER] [--interpret]
+
+Inference from the encoder's four maps (MiT-B1's channels, random) to logits, equal weights, all ways in turn
+in one run. Then the memory of a forward + backward of MiT-B1 with our decoder and with SegFormer's, under
+autocast.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.machine import (
+    Machine,
+    alternating_ms,
+    free_bytes,
+    peak_mib,
+    section_arguments,
+    short,
+    this_machine,
+)
+from benchmarks.records import Records, open_records
+from segdeformer.kernels.clock import synchronize
+from segdeformer.kernels.impl import Impl
+
+SECONDS = 2.0
+
+
+class Shape(NamedTuple):
+    """A decoder and the square image that its maps come from."""
+
+    width: int
+    num_classes: int
+    image_px: int
+
+    @property
+    def num_pixels(self) -> int:
+        return (self.image_px // 4) ** 2
+
+
+SHAPES = (Shape(256, 150, 512), Shape(256, 19, 1024), Shape(512, 150, 512))
+
+
+def build_decoder(shape: Shape, impl: Impl, *, plain: bool = False, context: bool = True) -> nn.Module:
+    """The affine decoder out of its parts, seeded; without context it is SegFormer's."""
+    from segdeformer.models.context import (
+        ClassTokens,
+        Context,
+        ExternalAttention,
+        InternalAttention,
+        InternalBlock,
+    )
+    from segdeformer.models.fusion import MLPFusion
+    from segdeformer.models.mit import MIT_SIZES
+    from segdeformer.models.segmenter import Head, SegDeformer
+
+    torch.manual_seed(0)
+    width = shape.width
+    fusion = MLPFusion(MIT_SIZES["mit_b1"].channels, width=width)
+    head = Head(width, shape.num_classes, dropout=0.1)
+    mined = None
+    if context:
+        internal = InternalAttention(width, heads=1, projection="affine", reduction=1, impl=impl)
+        external = ExternalAttention(
+            width,
+            ClassTokens(shape.num_classes, width, decouple=True),
+            second_stage=True,
+            projection="affine",
+            reduction=1,
+            impl=impl,
+            form="plain" if plain else "low_rank",
+        )
+        blocks = nn.Sequential(InternalBlock(internal, width=width, mlp=False))
+        mined = Context(internal=blocks, external=external, supervised=True)
+    return SegDeformer(fusion=fusion, context=mined, head=head)
+
+
+def ways(shape: Shape, machine: Machine) -> dict[str, nn.Module]:
+    """The decoder in each way to run it, for inference; the first says what rounding costs in this dtype."""
+    built: dict[str, nn.Module] = {}
+    if 3 * shape.num_pixels**2 * machine.halves[0].itemsize < 0.8 * free_bytes(machine):
+        built["textbook eager"] = build_decoder(shape, "reference", plain=True)
+    built["sdpa, unfolded"] = build_decoder(shape, "sdpa", plain=True)
+    built["sdpa, unfolded, low rank"] = build_decoder(shape, "sdpa")
+    built["sdpa, folded"] = build_decoder(shape, "sdpa").eval().fold()  # type: ignore[operator]
+    built["unfolded"] = build_decoder(shape, "triton")
+    built["folded"] = build_decoder(shape, "triton").eval().fold()  # type: ignore[operator]
+    built["segformer"] = build_decoder(shape, "sdpa", context=False)
+    return {name: way.eval().to(machine.device, machine.halves[0]) for name, way in built.items()}
+
+
+@torch.inference_mode()
+def measure_inference(shape: Shape, machine: Machine) -> dict[str, Any]:
+    """Times and peaks of every way whose logits are right, by the same decoder in float32."""
+    dtype = machine.halves[0]
+    generator = torch.Generator(machine.device).manual_seed(0)
+    sides = [shape.image_px // stride for stride in (4, 8, 16, 32)]
+    maps = [
+        torch.randn(1, channels, side, side, generator=generator, device=machine.device).to(dtype)
+        for channels, side in zip((64, 128, 320, 512), sides, strict=True)
+    ]
+    precise = build_decoder(shape, "sdpa").eval().to(machine.device, torch.float32)
+    right = precise([m.float() for m in maps]).logits_BKhw
+    allowed = None
+    entries: dict[str, dict[str, Any]] = {}
+    runs: dict[str, Callable[[], object]] = {}
+    for name, decoder in ways(shape, machine).items():
+        entry = entries[name] = {}
+        try:
+            logits = decoder(maps).logits_BKhw
+            synchronize(machine.device)
+        except (RuntimeError, ValueError) as error:
+            entry["refused"] = " ".join(str(error).split())[:300]
+            continue
+        if name != "segformer":
+            off = ((logits.float() - right).abs().max() / right.abs().max()).item()
+            allowed = allowed or 2 * off + 4 * torch.finfo(dtype).eps
+            entry["relative_error_of_logits"] = short(off)
+            if not off <= allowed:  # NaN is never allowed
+                entry["refused"] = f"wrong logits: off by {off:.2g}, allowed {allowed:.2g}"
+                continue
+        runs[name] = _inference(decoder, maps)
+        peak = peak_mib(runs[name], machine)
+        entry["peak_mib"] = None if peak is None else round(peak, 1)
+    for name, ms in alternating_ms(runs, machine, seconds=SECONDS).items():
+        entries[name]["ms"] = short(ms)
+    return {**shape._asdict(), "dtype": str(dtype), "contenders": entries}
+
+
+def _inference(decoder: nn.Module, maps: list[Tensor]) -> Callable[[], object]:
+    return lambda: decoder(maps)
+
+
+def measure_training_memory(shape: Shape, machine: Machine, *, batch: int = 2) -> dict[str, Any]:
+    """Peaks of a forward + backward of the whole model, above its weights and the image."""
+    from segdeformer.models.mit import MIT_SIZES, MiT
+
+    image = torch.randn(batch, 3, shape.image_px, shape.image_px, device=machine.device)
+    entries: dict[str, dict[str, Any]] = {}
+    for name, context in (("unfolded", True), ("segformer", False)):
+        model = nn.ModuleList([MiT(MIT_SIZES["mit_b1"]), build_decoder(shape, "triton", context=context)])
+        model.train().to(machine.device)
+
+        def step(model: nn.ModuleList = model) -> None:
+            encoder, decoder = model
+            with torch.autocast(machine.device.type, machine.halves[0]):
+                logits, class_logits, _ = decoder(encoder(image))
+            loss = logits.float().square().mean()
+            if class_logits is not None:
+                loss = loss + 0.4 * class_logits.square().mean()
+            loss.backward()
+            model.zero_grad(set_to_none=True)
+
+        step()  # libraries and compilers allocate their own on first use
+        peak = peak_mib(step, machine)
+        entries[name] = {"peak_mib": None if peak is None else round(peak, 1)}
+    return {**shape._asdict(), "batch": batch, "contenders": entries}
+
+
+def run(records: Records, machine: Machine, *, seconds: float) -> None:
+    """All shapes that are not recorded yet, until the time is over."""
+    deadline = time.monotonic() + seconds
+    shapes = [Shape(32, 19, 64)] if machine.is_rehearsal else list(SHAPES)
+    for shape in shapes:
+        kinds: list[tuple[str, Callable[[Shape, Machine], dict[str, Any]]]] = [
+            ("inference", measure_inference)
+        ]
+        if shape == shapes[0]:
+            kinds.append(("training memory", measure_training_memory))
+        for kind, measure in kinds:
+            name = f"{shape.width}, {shape.num_classes}, {kind}"
+            if name in records.section("decoder"):
+                continue
+            if time.monotonic() >= deadline:
+                print("out of time; run again to go on")
+                return
+            with records.trying("decoder", name):
+                try:
+                    entry = measure(shape, machine)
+                except torch.OutOfMemoryError as error:
+                    entry = {"skipped": f"out of memory: {str(error).splitlines()[0]}"}
+            records.add("decoder", name, entry)
+            print(f"decoder {name}: {entry.get('contenders', entry)}", flush=True)
+
+
+def main() -> None:
+    arguments = section_arguments(__doc__)
+    machine = this_machine()
+    try:
+        import segdeformer.models.segmenter  # noqa: F401
+    except ModuleNotFoundError as error:
+        print(f"decoder: left out, since {error.name} is not installed here")
+        return
+    run(open_records(arguments.out, machine), machine, seconds=arguments.seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The readable side of a results file: a Markdown table, and which goals are met."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+TABLE_HEAD = [
+    "| row | contender | form | ms | TFLOP/s | share of matmul | peak MiB | worst row error |",
+    "|---|---|---|---|---|---|---|---|",
+]
+
+
+class Goal(NamedTuple):
+    """A ratio in one run. measured: None where the run did not get there."""
+
+    text: str
+    needed: float
+    measured: float | None
+    at_most: bool = False
+
+    @property
+    def verdict(self) -> str:
+        if self.measured is None:
+            return "not measured"
+        met = self.measured <= self.needed if self.at_most else self.measured >= self.needed
+        return "met" if met else "not met"
+
+
+def goals(table: dict[str, Any]) -> list[Goal]:
+    """The project's goals for an H100-class GPU; half precision, batch 1."""
+    found = []
+    shapes = {(256, 150): (1.5, 1.3), (512, 150): (3.0, 2.5), (256, 19): (6.0, 5.0)}
+    for (width, classes), needs in shapes.items():
+        for training, needed in zip((False, True), needs, strict=True):
+            what = "forward + backward" if training else "forward"
+            ratio = _against_sdpa(table, "external", width, classes, training)
+            found.append(
+                Goal(f"external ({width}, {classes}) {what}, times SDPA of the plain form", needed, ratio)
+            )
+    internals = [(256, 150, False, 1.0), (512, 512, False, 3.0), (512, 512, True, 2.0)]
+    for width, value_width, training, needed in internals:
+        what = "forward + backward" if training else "forward"
+        ratio = _against_sdpa(table, "internal", width, value_width, training)
+        found.append(Goal(f"internal ({width}, {value_width}) {what}, times SDPA", needed, ratio))
+    times = {n: c["ms"] for n, c in _contenders(table, "decoder", "256, 150, inference").items() if "ms" in c}
+    for other, needed in (("textbook eager", 10.0), ("sdpa, unfolded", 1.4)):
+        ratio = times[other] / times["folded"] if {other, "folded"} <= set(times) else None
+        found.append(Goal(f"whole folded decoder (256, 150), times {other}", needed, ratio))
+    peaks = _contenders(table, "decoder", "256, 150, training memory")
+    peaks = {name: c["peak_mib"] for name, c in peaks.items() if c.get("peak_mib")}
+    ratio = peaks["unfolded"] / peaks["segformer"] if {"unfolded", "segformer"} <= set(peaks) else None
+    found.append(Goal("peak memory of forward + backward, times SegFormer's", 2.0, ratio, at_most=True))
+    return found
+
+
+def _contenders(table: dict[str, Any], section: str, name: str) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = table.get(section, {}).get(name, {}).get("contenders", {})
+    return found
+
+
+def _against_sdpa(
+    table: dict[str, Any], operation: str, width: int, value_width: int, training: bool
+) -> float | None:
+    """How many times faster than the best SDPA of the plain form ours is."""
+    wanted = (operation, width, value_width, training, 1)
+    fields = ("operation", "width", "value_width", "training", "batch")
+    for row in table.get("rows", {}).values():
+        if "contenders" not in row or tuple(row[field] for field in fields) != wanted:
+            continue
+        timed = {name: c for name, c in row["contenders"].items() if "ms" in c}
+        rivals = [c["ms"] for name, c in timed.items() if name.startswith("sdpa") and c["form"] == "plain"]
+        if "ours (triton)" in timed and rivals:
+            return min(rivals) / timed["ours (triton)"]["ms"]
+        return None
+    return None
+
+
+def goals_lines(table: dict[str, Any]) -> list[str]:
+    """The goals as a Markdown table."""
+    lines = ["| goal | needed | measured | |", "|---|---|---|---|"]
+    for goal in goals(table):
+        sign = "<=" if goal.at_most else ">="
+        verdict = "rehearsed" if table["hardware"]["name"] == "interpreter" else goal.verdict
+        measured = "" if goal.measured is None else f"{goal.measured:.2f}"
+        lines.append(f"| {goal.text} | {sign} {goal.needed:g} | {measured} | {verdict} |")
+    return lines
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """Everything in a results file, to read."""
+    hardware, versions = table["hardware"], table["versions"]
+    lines = [
+        f"# {hardware['name']}, {table['date']}",
+        "",
+        ", ".join(f"{name} {value}" for name, value in {**hardware, **versions}.items() if name != "name")
+        + f", commit {table['commit']}, kernels {table['sources']}",
+        "",
+    ]
+    if hardware["name"] == "interpreter":
+        lines += [
+            "A rehearsal of the code on a CPU with tiny shapes: **no number here is a measurement.**",
+            "",
+        ]
+    if "ceilings" in table:
+        lines += [", ".join(f"{name} {value:,}" for name, value in table["ceilings"].items()), ""]
+    lines += ["## Goals", "", "For an H100-class GPU; half precision, batch 1.", "", *goals_lines(table), ""]
+    lines += ["## Checks against float64", "", checks_line(table), ""]
+    for name, entry in table.get("checks", {}).items():
+        lines += [f"- {name}: {failure}" for failure in entry.get("failures", [])]
+    lines += ["", "## Rows", "", ROWS_NOTE, "", *TABLE_HEAD]
+    for section in ("rows", "decoder"):
+        for name, entry in table.get(section, {}).items():
+            lines += _row_lines(name, entry)
+    return "\n".join(lines) + "\n"
+
+
+ROWS_NOTE = (
+    "Medians of runs in turn, the L2 cache flushed before each. FLOPs are of each contender's form: plain, "
+    "C-wide keys and values over N x M scores; low rank, K-wide ones. Widths that SDPA or FlexAttention does "
+    "not take are padded beforehand: outside of the timing, not counted. Peak memory is above the inputs."
+)
+
+
+def checks_line(table: dict[str, Any]) -> str:
+    """How many checks there were and how they went."""
+    entries = table.get("checks", {}).values()
+    cases = sum(entry.get("num_cases", 0) for entry in entries)
+    failures = sum(len(entry.get("failures", [])) for entry in entries)
+    groups = f"{len(entries)} of {table.get('num_check_groups', '?')} groups"
+    return f"{groups}, {cases} cases, {failures} failures."
+
+
+def _row_lines(name: str, entry: dict[str, Any]) -> list[str]:
+    if "contenders" not in entry:
+        return [f"| {name} | {entry.get('skipped', '')} | | | | | | |"]
+    lines = []
+    for contender, c in entry["contenders"].items():
+        if "refused" in c:
+            lines.append(
+                f"| {name} | {contender} | {c.get('form', '')} | no: {_cell(c['refused'])} | | | | |"
+            )
+        else:
+            numbers = (
+                c.get(key) for key in ("ms", "tflops", "share_of_matmul", "peak_mib", "worst_row_error")
+            )
+            cells = " | ".join("" if number is None else f"{number:g}" for number in numbers)
+            lines.append(f"| {name} | {contender} | {c.get('form', '')} | {cells} |")
+    return lines
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/")[:160]

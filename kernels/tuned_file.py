@@ -1,0 +1,164 @@
+"""The file of one GPU's measurements while it is being made; `tiles` describes it and reads it.
+
+Beside what `tiles` reads it keeps every candidate's time, or why it was turned down, so that a killed run
+goes on where it was; and the candidate in hand, so that one that hangs or crashes the process is not tried
+twice.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from segdeformer import __version__
+from segdeformer.errors import UserError
+from segdeformer.files import write_text
+from segdeformer.kernels.tiles import Choice, Tile, architecture_of, read_tiles
+from segdeformer.kernels.tune_problems import Problem
+
+KERNEL_FOLDER = Path(__file__).resolve().parent
+ENDED = "the process ended while it was tried"
+
+
+class TunedFile:
+    """A GPU's tiles, candidates and races; each change that matters is written at once."""
+
+    def __init__(self, path: Path, table: dict[str, Any], copy: Path | None = None) -> None:
+        self.path = path
+        self.copy = copy
+        self.table = table
+
+    @property
+    def architecture(self) -> str:
+        return str(self.table["architecture"])
+
+    def write(self) -> None:
+        text = re.sub(r"\[\s+([^][{}]*?)\s+\]", _one_line, json.dumps(self.table, indent=1)) + "\n"
+        for path in filter(None, (self.path, self.copy)):
+            write_text(path, text)
+        read_tiles.cache_clear()
+
+    def outcomes(self, problem: Problem) -> dict[Tile, float | str]:
+        """Of each candidate so far its milliseconds, or why it was turned down."""
+        return {
+            Tile(*row["tile"]): row["ms"] if "ms" in row else row["reason"]
+            for row in self.table["candidates"]
+            if _names(row, problem) and row["tile"] is not None
+        }
+
+    def record(self, problem: Problem, tile: Tile, outcome: float | str) -> None:
+        key = "reason" if isinstance(outcome, str) else "ms"
+        value = outcome if isinstance(outcome, str) else round(outcome, 5)
+        row = {**_name(problem), "tile": list(tile), key: value}
+        self.table["candidates"].append(row)
+
+    def settle(self, problem: Problem, tile: Tile) -> None:
+        """This is the problem's tile; races that were run with another one no longer count."""
+        if tile != self.settled(problem):
+            old, size = self.table["choices"], problem.element_bytes
+            self.table["choices"] = [choice for choice in old if choice["element_bytes"] != size]
+        of_kernel = self.table["tiles"].setdefault(problem.kernel, {})
+        of_kernel.setdefault(problem.widths_key, {})[str(problem.element_bytes)] = list(tile)
+        self.write()
+
+    def settled(self, problem: Problem) -> Tile | None:
+        by_bytes = self.table["tiles"].get(problem.kernel, {}).get(problem.widths_key, {})
+        tile = by_bytes.get(str(problem.element_bytes))
+        return None if tile is None else Tile(*tile)
+
+    def is_raced(self, key: tuple[str, int, int, int, bool]) -> bool:
+        fields = ("operation", "width", "value_width", "element_bytes", "training")
+        return any(tuple(choice[field] for field in fields) == key for choice in self.table["choices"])
+
+    def add_choice(self, choice: Choice) -> None:
+        self.table["choices"].append(choice._asdict())
+        self.write()
+
+    @contextmanager
+    def trying(self, problem: Problem, tile: Tile | None) -> Iterator[None]:
+        """Note on disk what is in hand (None: many tiles); only a process that ends here leaves it."""
+        self.table["trying"] = {**_name(problem), "tile": tile and list(tile)}
+        self.write()
+        try:
+            yield
+        finally:
+            del self.table["trying"]
+            self.write()
+
+    def crashed_compiling(self, problem: Problem) -> bool:
+        """Whether a process ended while it compiled this problem's candidates together."""
+        return any(_names(row, problem) and row["tile"] is None for row in self.table["candidates"])
+
+
+def open_tuned(path: Path, device: torch.device, *, again: bool, copy: Path | None = None) -> TunedFile:
+    """The file with what it holds of these kernels and versions; anything else is measured anew.
+
+    Raises `UserError` for a damaged file.
+    """
+    header = {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none (interpreter)",
+        "architecture": architecture_of(device).name,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "sources": kernel_sources(),
+    }
+    table: dict[str, Any] = {}
+    if path.is_file() and not again:
+        try:
+            table = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path}: not valid JSON ({error}); delete it, or measure with --again") from None
+    if not isinstance(table, dict) or {key: table.get(key) for key in header} != header:
+        table = {"tiles": {}, "backward": {}, "choices": [], "candidates": []}
+    now = {**header, "commit": commit(), "date": datetime.date.today().isoformat()}
+    file = TunedFile(path, {**now, **{key: table[key] for key in table if key not in now}}, copy)
+    if (unfinished := file.table.pop("trying", None)) is not None:
+        file.table["candidates"].append({**unfinished, "reason": ENDED})
+    return file
+
+
+def _name(problem: Problem) -> dict[str, str | int]:
+    return {"kernel": problem.kernel, "widths": problem.widths_key, "bytes": problem.element_bytes}
+
+
+def _names(row: dict[str, Any], problem: Problem) -> bool:
+    return all(row[key] == value for key, value in _name(problem).items())
+
+
+def _one_line(found: re.Match[str]) -> str:
+    return "[" + " ".join(found.group(1).split()) + "]"
+
+
+def kernel_sources() -> str:
+    """A digest of the Triton code that is tuned and of its launches: other sources are other kernels."""
+    digest = hashlib.sha256()
+    launching = [KERNEL_FOLDER / "launch.py", KERNEL_FOLDER / "attention_launches.py"]
+    for path in sorted(KERNEL_FOLDER.glob("*attention*_triton.py")) + launching:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def commit() -> str:
+    """The checkout's commit, `-dirty` with changes; outside of a checkout the version."""
+    if not (KERNEL_FOLDER.parent / ".git").exists():
+        return f"version {__version__}"
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(KERNEL_FOLDER), "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return answer.stdout.strip()
