@@ -77,7 +77,9 @@ def eval_command(
     shown = shown_indices(len(dataset)) if picture is not None else []
     drawn: list[ImageResult] = []
     tally = Tally(dataset.classes)
-    results = evaluate_images(loaded.model, dataset, tally, protocol=protocol, data=config, device=chosen)
+    results = evaluate_images(
+        loaded.model, dataset, tally, protocol=protocol, data=config, device=chosen, impl=resolved
+    )
     ticking = track(
         results,
         "images",

@@ -68,7 +68,12 @@ def predict_command(
         try:
             image_HW3 = read_image(job.image)
             prediction = predict_image(
-                loaded.model, image_HW3, protocol=protocol, data=recipe.data, device=chosen
+                loaded.model,
+                image_HW3,
+                protocol=protocol,
+                data=recipe.data,
+                device=chosen,
+                impl=resolved,
             )
             written += write_prediction(
                 job, image_HW3, prediction, loaded.checkpoint.classes, kinds=kinds, opacity=opacity

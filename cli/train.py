@@ -280,6 +280,8 @@ def _finish(console: Console, run: Run, best: Validated | None) -> None:
 
     best: None if it was before this run was resumed; then it is made again.
     """
+    import torch
+
     from segdeformer.cli.show import scores_line, scores_table
     from segdeformer.engine.checkpoint import BEST, load_weights, read_checkpoint
     from segdeformer.engine.evaluate import ImageResult, evaluate
@@ -291,7 +293,12 @@ def _finish(console: Console, run: Run, best: Validated | None) -> None:
     run.model.eval()
     if best is None:
         report = evaluate(
-            run.model, run.val_data, protocol=recipe.evaluate, data=recipe.data, device=run.device
+            run.model,
+            run.val_data,
+            protocol=recipe.evaluate,
+            data=recipe.data,
+            device=run.device,
+            impl=run.impl,
         )
     else:
         report = best.report
@@ -299,9 +306,14 @@ def _finish(console: Console, run: Run, best: Validated | None) -> None:
     for index in shown_indices(len(run.val_data)):
         sample = run.val_data.read(index)
         prediction = predict_image(
-            run.model, sample.image_HW3, protocol=recipe.evaluate, data=recipe.data, device=run.device
+            run.model,
+            sample.image_HW3,
+            protocol=recipe.evaluate,
+            data=recipe.data,
+            device=run.device,
+            impl=run.impl,
         )
-        results.append(ImageResult(sample, prediction.ids_HW))
+        results.append(ImageResult(sample, torch.from_numpy(prediction.ids_HW)))
     picture = run.folder / "validation.png"
     line = scores_line(report)
     write_sheet(picture, results, report.classes, headline=f"{recipe.name}: {line}")

@@ -55,8 +55,7 @@ class Choice(NamedTuple):
     element_bytes: int
     training: bool  # forward + backward, else forward
     triton_ms: float
-    sdpa_ms: float
-    sdpa_backend: str
+    sdpa_ms: float  # with the backend that PyTorch took
 
     def serves(
         self, operation: str, width: int, value_width: int, element_bytes: int, training: bool

@@ -7,9 +7,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from segdeformer.config import DataConfig, EvalConfig
+from segdeformer.data.classes import ClassTable
+from segdeformer.data.datasets import Sample
 from segdeformer.data.transforms import resize_for_eval
 from segdeformer.engine import inference
+from segdeformer.engine.evaluate import Tally, evaluate_images
 from segdeformer.engine.inference import Window, predict_strips, sliding_windows
+from segdeformer.engine.predict import predict_image
 from segdeformer.kernels import rows as rows_module
 from segdeformer.models.segmenter import SegOutput
 
@@ -124,3 +128,49 @@ def test_memory_holds_strips_not_full_logits(monkeypatch):
             assert strip.logits_KrW.shape[0] == 150
     assert 0 < largest * 4 <= 2**20
     assert largest * 20 < 150 * 256 * 512
+
+
+@pytest.mark.parametrize("size", [(65, 97), (31, 33)])
+def test_fused_upsampling_counts_and_sums_as_strips_do(size):
+    """impl `triton` upsamples, picks and counts in one kernel (here in Triton's interpreter)."""
+    model, pixels = Quarter().eval(), image(*size)
+    labels = np.random.default_rng(1).integers(0, 8, size).astype(np.uint8)
+    labels[labels == 7] = 255
+    data = OneImage(pixels, labels)
+    tallies, predictions = {}, {}
+    for impl in ("sdpa", "triton"):
+        tallies[impl] = Tally(data.classes)
+        options = {"protocol": EvalConfig(), "data": DATA, "device": CPU, "impl": impl}
+        (result,) = evaluate_images(model, data, tallies[impl], **options)
+        assert result.ids.dtype == np.uint8
+        predictions[impl] = predict_image(model, pixels, **options)
+        assert (predictions[impl].ids_HW == result.ids).all()
+    differing = (predictions["sdpa"].ids_HW != predictions["triton"].ids_HW).sum()
+    assert differing <= 2  # ties within rounding
+    reports = [tally.report() for tally in tallies.values()]
+    assert np.abs(reports[0].confusion_KK - reports[1].confusion_KK).sum() <= 2 * differing
+    assert reports[0].loss == pytest.approx(reports[1].loss, rel=1e-5)
+    assert reports[1].confusion_KK.sum() == (labels != 255).sum()
+    np.testing.assert_allclose(
+        predictions["sdpa"].confidence_HW, predictions["triton"].confidence_HW, atol=1e-5
+    )
+    several = {"protocol": EvalConfig(flip=True), "data": DATA, "device": CPU}
+    mirrored = [predict_image(model, pixels, impl=impl, **several) for impl in ("sdpa", "triton")]
+    assert (mirrored[0].ids_HW == mirrored[1].ids_HW).all()  # nothing to fuse: both in strips
+
+
+class OneImage:
+    """A data set of one image."""
+
+    split = "val"
+    name = "one"
+
+    def __init__(self, pixels, labels):
+        self.sample = Sample(pixels, labels, "one")
+        self.classes = ClassTable(tuple("abcdefg"), ((0, 0, 0),) * 7)
+
+    def __len__(self):
+        return 1
+
+    def read(self, index):
+        return self.sample

@@ -73,9 +73,9 @@ def measured(monkeypatch, tmp_path):
     """A GPU on which something was measured."""
     fake_gpu(monkeypatch)
     races = [
-        Choice("attention", 256, 150, 2, False, 1.0, 2.0, "flash"),
-        Choice("attention", 256, 256, 2, True, 3.0, 2.0, "cudnn"),
-        Choice("external_attention", 150, 150, 2, True, 1.0, 5.0, "flash"),
+        Choice("attention", 256, 150, 2, False, 1.0, 2.0),
+        Choice("attention", 256, 256, 2, True, 3.0, 2.0),
+        Choice("external_attention", 150, 150, 2, True, 1.0, 5.0),
     ]
     table = {
         "architecture": "sm_90",

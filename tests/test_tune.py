@@ -13,7 +13,7 @@ from segdeformer.cli.main import app
 from segdeformer.errors import KernelError, UserError
 from segdeformer.kernels import tune as tuner
 from segdeformer.kernels import tuned_file
-from segdeformer.kernels.attention import attention_reference
+from segdeformer.kernels.attention import attention, attention_reference
 from segdeformer.kernels.launch import Launch
 from segdeformer.kernels.oracle import answer, largest_allowed, worst_row_error
 from segdeformer.kernels.races import Fought, Race, decoder_races
@@ -178,7 +178,12 @@ def test_a_damaged_file_is_one_line(tmp_path, text):
 
 
 def test_a_race_without_a_rival_is_no_choice(tmp_path, monkeypatch):
-    monkeypatch.setattr("segdeformer.kernels.races.FUSED_BACKENDS", ())
+    def refuse(*inputs, impl, **options):
+        if impl == "sdpa":
+            raise RuntimeError("no available kernel")
+        return attention(*inputs, impl=impl, **options)
+
+    monkeypatch.setattr("segdeformer.kernels.races.attention", refuse)
     (fought,) = run(tmp_path / "gpu.json", problems=[])
     assert fought.choice is None
     assert json.loads((tmp_path / "gpu.json").read_text())["choices"] == []

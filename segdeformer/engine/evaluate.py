@@ -19,9 +19,12 @@ import torch.nn.functional as F
 from segdeformer.config import IGNORE_INDEX, DataConfig, EvalConfig
 from segdeformer.data.classes import ClassTable
 from segdeformer.data.datasets import Dataset, Sample
-from segdeformer.engine.inference import predict_strips
+from segdeformer.engine.inference import View, fused_map, make_views, strips
 from segdeformer.engine.metrics import ConfusionMatrix, Scores
 from segdeformer.errors import UserError
+from segdeformer.kernels.impl import Impl
+from segdeformer.kernels.upsample_argmax import add_confusion, upsample_confusion
+from segdeformer.kernels.upsample_cross_entropy import upsample_cross_entropy
 from segdeformer.models.segmenter import Segmenter
 
 READERS = 2
@@ -40,37 +43,56 @@ class Report(NamedTuple):
 
 class ImageResult(NamedTuple):
     sample: Sample
-    ids_HW: np.ndarray  # uint8
+    predicted_HW: torch.Tensor  # class ids, uint8, where they were made
+
+    @property
+    def ids(self) -> np.ndarray:
+        """(H, W) uint8, brought to the CPU."""
+        return self.predicted_HW.cpu().numpy()
 
 
 class Tally:
-    """What is summed over the images of a data set."""
+    """What is summed over the images of a data set, on the device that predicts them."""
 
     def __init__(self, classes: ClassTable) -> None:
         self.classes = classes
-        self.confusion = ConfusionMatrix(len(classes.names))
-        self.loss_sum = 0.0
+        num_classes = len(classes.names)
+        self.counts_KK = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        self.loss_sum = torch.zeros((), dtype=torch.float64)
         self.num_images = 0
+
+    def move(self, device: torch.device) -> None:
+        """Sum up there from now on."""
+        self.counts_KK, self.loss_sum = self.counts_KK.to(device), self.loss_sum.to(device)
 
     def report(self) -> Report:
         """The scores of all images so far."""
-        num_valid = int(self.confusion.counts_KK.sum())
+        confusion = ConfusionMatrix(len(self.classes.names))
+        confusion.counts_KK += self.counts_KK.cpu().numpy()
+        num_valid = int(confusion.counts_KK.sum())
         return Report(
-            scores=self.confusion.scores(),
-            pixel_accuracy=self.confusion.pixel_accuracy,
-            loss=self.loss_sum / num_valid if num_valid else math.nan,
+            scores=confusion.scores(),
+            pixel_accuracy=confusion.pixel_accuracy,
+            loss=self.loss_sum.item() / num_valid if num_valid else math.nan,
             num_images=self.num_images,
-            confusion_KK=self.confusion.counts_KK,
+            confusion_KK=confusion.counts_KK,
             classes=self.classes,
         )
 
 
 def evaluate(
-    model: Segmenter, dataset: Dataset, *, protocol: EvalConfig, data: DataConfig, device: torch.device
+    model: Segmenter,
+    dataset: Dataset,
+    *,
+    protocol: EvalConfig,
+    data: DataConfig,
+    device: torch.device,
+    impl: Impl = "auto",
 ) -> Report:
     """Run every image of the data set through the model and sum up; see `evaluate_images`."""
     tally = Tally(dataset.classes)
-    for _ in evaluate_images(model, dataset, tally, protocol=protocol, data=data, device=device):
+    images = evaluate_images(model, dataset, tally, protocol=protocol, data=data, device=device, impl=impl)
+    for _ in images:
         pass
     return tally.report()
 
@@ -83,27 +105,51 @@ def evaluate_images(
     protocol: EvalConfig,
     data: DataConfig,
     device: torch.device,
+    impl: Impl = "auto",
 ) -> Generator[ImageResult, None, None]:
     """Predict image by image, in order, for callers that draw or may want to stop; sums go into `tally`.
 
+    impl: of upsampling and counting; the model's attention has its own already.
     The model is put into eval mode and left so. Raises `UserError` if the data set is empty.
     """
     if len(dataset) == 0:
         raise UserError(f"{data.name}: the {dataset.split} split has no images to evaluate")
     model.eval()
+    tally.move(device)
     with closing(_read_ahead(dataset)) as samples:
         for sample in samples:
-            ids_HW = np.empty(sample.labels_HW.shape, np.uint8)
-            for strip in predict_strips(model, sample.image_HW3, protocol, data, device):
-                rows = slice(strip.top, strip.top + strip.logits_KrW.shape[1])
-                ids_HW[rows] = strip.ids().to(torch.uint8).cpu().numpy()
-                labels_rW = torch.from_numpy(sample.labels_HW[rows].astype(np.int64)).to(device)
-                tally.loss_sum += F.cross_entropy(
-                    strip.logits_KrW[None], labels_rW[None], ignore_index=IGNORE_INDEX, reduction="sum"
-                ).item()
-            tally.confusion.add(sample.labels_HW, ids_HW)
+            views = make_views(model, sample.image_HW3, protocol, data, device)
+            labels_HW = torch.from_numpy(sample.labels_HW).to(device)
+            with torch.inference_mode():
+                predicted_HW = _add_image(tally, views, labels_HW, impl)
             tally.num_images += 1
-            yield ImageResult(sample, ids_HW)
+            yield ImageResult(sample, predicted_HW)
+
+
+def _add_image(tally: Tally, views: list[View], labels_HW: torch.Tensor, impl: Impl) -> torch.Tensor:
+    """Add an image to the tally and return its winning ids, uint8."""
+    logits_1Khw = fused_map(views, impl)
+    if logits_1Khw is not None:
+        winners = upsample_confusion(
+            logits_1Khw, labels_HW[None], tally.counts_KK, ignore_index=IGNORE_INDEX, impl=impl
+        )
+        mean = upsample_cross_entropy(
+            logits_1Khw, labels_HW[None], ignore_index=IGNORE_INDEX, average="all", impl=impl
+        )
+        tally.loss_sum += mean.double() * labels_HW.numel()
+        return winners.ids_BHW[0]
+    predicted_HW = torch.empty(labels_HW.shape, dtype=torch.uint8, device=labels_HW.device)
+    for strip in strips(views, labels_HW.shape):
+        rows = slice(strip.top, strip.top + strip.logits_KrW.shape[1])
+        predicted_HW[rows] = strip.ids()
+        tally.loss_sum += F.cross_entropy(
+            strip.logits_KrW[None],
+            labels_HW[None, rows].long(),
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+        )
+    add_confusion(tally.counts_KK, labels_HW, predicted_HW, ignore_index=IGNORE_INDEX)
+    return predicted_HW
 
 
 def _read_ahead(dataset: Dataset) -> Generator[Sample, None, None]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from segdeformer.config import DataConfig, EvalConfig
 from segdeformer.data.transforms import normalise, resize_for_eval
 from segdeformer.engine.device import explained_shortage
+from segdeformer.kernels.impl import Impl, choose_upsampling
 from segdeformer.kernels.rows import mix_rows, source_rows, strip_rows, upsample_rows
 
 
@@ -119,6 +120,17 @@ def predict_strips(
 
     image_HW3: uint8 RGB of any size. The model must be in eval mode.
     """
+    return strips(make_views(model, image_HW3, protocol, data, device), image_HW3.shape[:2])
+
+
+def make_views(
+    model: nn.Module,
+    image_HW3: np.ndarray,
+    protocol: EvalConfig,
+    data: DataConfig,
+    device: torch.device,
+) -> list[View]:
+    """Every scale and orientation of a protocol through the model, which must be in eval mode."""
     height, width = image_HW3.shape[:2]
     views: list[View] = []
     for scale in protocol.scales:
@@ -127,6 +139,20 @@ def predict_strips(
             oriented = scaled_HW3[:, ::-1] if mirrored else scaled_HW3
             view = _view(model, oriented, (height, width), protocol, data, device)
             views.append(MirroredView(view) if mirrored else view)
+    return views
+
+
+def fused_map(views: list[View], impl: Impl) -> Tensor | None:
+    """The one map, (1, K, h, w), whose upsampling is all that is left to do, if a kernel does it at once."""
+    if len(views) != 1 or not isinstance(views[0], WholeView):
+        return None
+    logits_1Khw = views[0].logits_1Khw
+    return logits_1Khw if choose_upsampling(impl, "upsample_argmax", logits_1Khw) == "triton" else None
+
+
+def strips(views: list[View], size: tuple[int, ...]) -> Iterator[Strip]:
+    """The combined views at `size` = (H, W), from the top."""
+    height, width = size
     # An estimate of what a row holds: K is known only from the logits themselves.
     num_classes = views[0].rows(0, 1).shape[0]
     rows = strip_rows(num_classes * width)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from segdeformer.config import IGNORE_INDEX, TrainConfig
+from segdeformer.kernels.impl import Impl
 from segdeformer.kernels.upsample_cross_entropy import upsample_cross_entropy
 from segdeformer.models.layers import SegOutput
 
@@ -28,7 +29,12 @@ class Losses(NamedTuple):
 
 
 def training_losses(
-    output: SegOutput, labels_BHW: Tensor, config: TrainConfig, class_weights_K: Tensor | None
+    output: SegOutput,
+    labels_BHW: Tensor,
+    config: TrainConfig,
+    class_weights_K: Tensor | None,
+    *,
+    impl: Impl = "auto",
 ) -> Losses:
     """L_seg + w_attn L_attn + w_aux L_aux, each part where the model gives its logits."""
 
@@ -40,6 +46,7 @@ def training_losses(
             class_weights_K=class_weights_K,
             label_smoothing=config.label_smoothing,
             average=config.loss_average,
+            impl=impl,
         )
 
     segmentation = total = loss(output.logits_BKhw)

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 from segdeformer.config import DataConfig, EvalConfig
-from segdeformer.engine.inference import predict_strips
+from segdeformer.engine.inference import fused_map, make_views, strips
+from segdeformer.kernels.impl import Impl
+from segdeformer.kernels.upsample_argmax import upsample_argmax
 from segdeformer.models.segmenter import Segmenter
 
 
@@ -24,11 +26,18 @@ def predict_image(
     protocol: EvalConfig,
     data: DataConfig,
     device: torch.device,
+    impl: Impl = "auto",
 ) -> Prediction:
-    """Classes and confidence of a uint8 RGB image, at its own size."""
+    """Classes and confidence of a uint8 RGB image, at its own size; impl is that of the upsampling."""
     height, width = image_HW3.shape[:2]
+    views = make_views(model, image_HW3, protocol, data, device)
+    logits_1Khw = fused_map(views, impl)
+    if logits_1Khw is not None:
+        winners = upsample_argmax(logits_1Khw, (height, width), confidence=True, impl=impl)
+        assert winners.confidence_BHW is not None
+        return Prediction(winners.ids_BHW[0].cpu().numpy(), winners.confidence_BHW[0].cpu().numpy())
     prediction = Prediction(np.empty((height, width), np.uint8), np.empty((height, width), np.float32))
-    for strip in predict_strips(model, image_HW3, protocol, data, device):
+    for strip in strips(views, (height, width)):
         rows = slice(strip.top, strip.top + strip.logits_KrW.shape[1])
         prediction.ids_HW[rows] = strip.ids().to(torch.uint8).cpu().numpy()
         prediction.confidence_HW[rows] = strip.confidence().cpu().numpy()

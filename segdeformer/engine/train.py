@@ -92,6 +92,7 @@ class Run:
     groups: list[ParameterGroup]
     optimizer: torch.optim.AdamW
     device: torch.device
+    impl: Impl = "auto"
     iteration: int = 0
     best_miou: float | None = None
     validation_due: bool = False  # of this iteration; stays true only where one was stopped
@@ -122,6 +123,7 @@ def start_run(
     _check_data(recipe, val_data)
     torch.manual_seed(recipe.train.seed)
     run = _assemble(recipe, folder, train_data, val_data, device, build_model(recipe.model, impl=impl))
+    run.impl = impl
     write_text(folder / RECIPE, recipe_toml(recipe))
     return run
 
@@ -143,6 +145,7 @@ def resume_run(
     _check_data(recipe, val_data)
     model = saved_model(checkpoint, impl=impl)
     run = _assemble(recipe, folder, train_data, val_data, device, model)
+    run.impl = impl
     load_state(folder, run.optimizer, checkpoint.iteration)
     run.iteration = checkpoint.iteration
     run.best_miou = checkpoint.best_miou
@@ -235,7 +238,7 @@ def _step(run: Run, batch: Batch, class_weights_K: torch.Tensor | None) -> Losse
     run.model.train()
     set_learning_rate(run.optimizer, run.iteration, run.recipe.train)
     images_B3HW = batch.images_B3HW.to(run.device, non_blocking=True)
-    labels_BHW = batch.labels_BHW.to(run.device, non_blocking=True).long()
+    labels_BHW = batch.labels_BHW.to(run.device, non_blocking=True)
     with explained_shortage("use a smaller --batch or augment.crop"):
         try:
             output = run.model(images_B3HW)
@@ -246,7 +249,10 @@ def _step(run: Run, batch: Batch, class_weights_K: torch.Tensor | None) -> Losse
                 "BatchNorm needs more than one value per channel: raise train.batch_size to 2 or more, "
                 "or augment.crop"
             ) from None
-        losses = training_losses(output, labels_BHW, run.recipe.train, class_weights_K)
+        try:
+            losses = training_losses(output, labels_BHW, run.recipe.train, class_weights_K, impl=run.impl)
+        except ValueError as error:
+            raise UserError(f"{error}; one of {', '.join(batch.names)}") from None
         run.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         run.optimizer.step()
@@ -283,6 +289,7 @@ def _validate(run: Run, log: RunLog, should_stop: Callable[[], bool]) -> Iterato
         protocol=run.recipe.evaluate,
         data=run.recipe.data,
         device=run.device,
+        impl=run.impl,
     )
     with closing(results):
         for _ in results:

@@ -23,7 +23,8 @@ def shown_indices(num_images: int) -> list[int]:
 def write_sheet(path: Path, results: Sequence[ImageResult], classes: ClassTable, *, headline: str) -> None:
     """Draw the results, each with its own mIoU, into a PNG file."""
     rows = []
-    for sample, ids_HW in results:
+    for result in results:
+        sample, ids_HW = result.sample, result.ids
         confusion = ConfusionMatrix(len(classes.names))
         confusion.add(sample.labels_HW, ids_HW)
         rows.append((sample.name, sample.image_HW3, sample.labels_HW, ids_HW, confusion.scores().miou))
