@@ -1,6 +1,7 @@
 # Every target makes the virtual environment that it needs, once, under .venv/.
 PYTHON ?= python3
 VENV ?= .venv
+AOT_TABLE ?= benchmarks/results/aot.md
 RUN := $(VENV)/run
 DEV := $(VENV)/dev
 
@@ -19,7 +20,7 @@ lint: $(DEV)/installed  ## style and types
 	$(DEV)/bin/mypy
 
 aot: $(DEV)/installed  ## compile every Triton kernel for five kinds of cards; writes benchmarks/results/aot.md
-	$(DEV)/bin/python benchmarks/aot.py
+	$(DEV)/bin/python benchmarks/aot.py --out $(AOT_TABLE)
 
 gpu: $(RUN)/installed  ## check, tune and time the Triton kernels on this machine's GPU, in less than 9 minutes
 	$(RUN)/bin/python -m benchmarks.gpu

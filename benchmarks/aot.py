@@ -179,7 +179,7 @@ def compile_launch(launch: Launch, architecture: Architecture) -> triton.compile
     return triton.compile(
         ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes),
         target=GPUTarget(architecture.backend, target, architecture.warp_size),
-        options={"num_warps": launch.tile.warps, "num_stages": launch.tile.stages},
+        options=launch.options,
     )
 
 

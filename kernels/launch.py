@@ -37,6 +37,15 @@ class Launch(NamedTuple):
     def name(self) -> str:
         return self.kernel.fn.__name__
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """How the compiler is asked; multiply and add fused, whatever a Triton version's default."""
+        return {
+            "num_warps": self.tile.warps,
+            "num_stages": self.tile.stages,
+            "enable_fp_fusion": True,
+        }
+
     def run(self) -> None:
         """Start it on the tensors' device; raises `KernelError`."""
         device = next(iter(self.tensors.values())).device
@@ -51,8 +60,7 @@ class Launch(NamedTuple):
                     **self.tensors,
                     **self.numbers,
                     **self.constants,
-                    num_warps=self.tile.warps,
-                    num_stages=self.tile.stages,
+                    **self.options,
                 )
         except (TritonError, RuntimeError) as error:
             raise KernelError(self.failure(error)) from error

@@ -218,8 +218,7 @@ def compile_together(launches: Iterable[Launch]) -> None:
                     **launch.numbers,
                     **launch.constants,
                     grid=launch.grid,
-                    num_warps=launch.tile.warps,
-                    num_stages=launch.tile.stages,
+                    **launch.options,
                 )
 
 

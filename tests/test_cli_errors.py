@@ -119,6 +119,22 @@ def test_wrong_options_of_train_are_explained_and_start_nothing(arguments, messa
     assert not any(tmp_path.iterdir())
 
 
+def test_triton_without_a_gpu_says_what_it_needs(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    message = (
+        "--impl `triton` needs a GPU, the device is cpu; use auto, sdpa, blocks or reference "
+        "(or set TRITON_INTERPRET=1 to try the kernels, slowly, on the CPU)"
+    )
+    out = ["--out", tmp_path / "out"]
+    for command in (
+        ["train", "synthetic", *out],
+        ["eval", checkpoint],
+        ["predict", checkpoint, "a.png", *out],
+    ):
+        assert refusal(*command, "--impl", "triton", "--device", "cpu", code=2) == message
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
