@@ -77,7 +77,7 @@ class Wanted(NamedTuple):
 
     architecture: str
     kernel: str
-    width: int  # padded
+    width: int  # as the model has it: an odd one takes more registers than its padded class
     value_width: int
     element_bytes: int
 
@@ -115,7 +115,7 @@ def choose_defaults(architectures: list[str], *, main_only: bool) -> None:
     for architecture in architectures:
         for kernel in KERNELS:
             classes = class_widths(kernel)
-            main = [(padded_width(d), padded_width(e)) for d, e in main_widths(kernel)]
+            main = main_widths(kernel)
             widths = main if main_only else [*((w, w) for w in classes), *main]
             wanted += [
                 Wanted(architecture, kernel, *w, size) for w in dict.fromkeys(widths) for size in (2, 4)
@@ -126,7 +126,8 @@ def choose_defaults(architectures: list[str], *, main_only: bool) -> None:
         for case, tile, cost in pool.imap(choose, wanted):
             print(f"{case}: {tile}, cost {cost}", flush=True)
             by_width = table[case.architecture].setdefault(case.kernel, {})
-            by_width.setdefault(f"{case.width}x{case.value_width}", {})[str(case.element_bytes)] = tile
+            place = f"{padded_width(case.width)}x{padded_width(case.value_width)}"
+            by_width.setdefault(place, {})[str(case.element_bytes)] = tile
     text = json.dumps(table, indent=1)
     path.write_text(re.sub(r"\[\s+([^]]*?)\s+\]", _one_line, text) + "\n")
 

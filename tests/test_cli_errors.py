@@ -125,11 +125,12 @@ def test_triton_without_a_gpu_says_what_it_needs(checkpoint, tmp_path, monkeypat
         "--impl `triton` needs a GPU, the device is cpu; use auto, sdpa, blocks or reference "
         "(or set TRITON_INTERPRET=1 to try the kernels, slowly, on the CPU)"
     )
-    out = ["--out", tmp_path / "out"]
+    image, out = tmp_path / "a.png", ["--out", tmp_path / "out"]
+    write_image(image, np.zeros((8, 8), np.uint8))
     for command in (
         ["train", "synthetic", *out],
         ["eval", checkpoint],
-        ["predict", checkpoint, "a.png", *out],
+        ["predict", checkpoint, image, *out],
     ):
         assert refusal(*command, "--impl", "triton", "--device", "cpu", code=2) == message
     assert not (tmp_path / "out").exists()
