@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-import typing
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from segdeformer.errors import UsageError
+from segdeformer.refusals import explain
 
 IGNORE_INDEX = 255
 DEFAULT_RECIPE = "landcover"
@@ -61,12 +61,53 @@ class EncoderConfig(Strict):
     feature_norm: bool = False
 
 
-class FusionConfig(Strict):
-    """MLP fusion (Eq. 1). `conv_bn_relu`: mmsegmentation's; `linear`: NVlabs' and Hugging Face's."""
+class MLPFusionConfig(Strict):
+    """MLP fusion (Eq. 1). `conv_bn_relu`: mmsegmentation's; `linear`: NVlabs' and Hugging Face's.
+
+    depth: layers from a map to the tokens. 2 is Eq. 1, one per map and one over all; the others follow
+        at the first map's size (Table 8).
+    """
 
     kind: Literal["mlp"] = "mlp"
     width: Positive = 256
+    depth: Annotated[int, Field(ge=2)] = 2
     projection: Literal["conv_bn_relu", "linear"] = "conv_bn_relu"
+
+
+class UperNetConfig(Strict):
+    """UperNet (the paper's dagger): pyramid pooling of the last map, then a top-down pyramid.
+
+    pools: cells per side of the grids that the last map is averaged to.
+    neck: give the maps of a flat (ViT) encoder four sizes first, as mmsegmentation's MultiLevelNeck does.
+    """
+
+    kind: Literal["upernet"] = "upernet"
+    width: Positive = 512
+    pools: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] = (1, 2, 3, 6)
+    neck: bool = False
+
+
+class FPNConfig(Strict):
+    """Semantic FPN: a top-down pyramid of `pyramid_width` channels, its levels summed in `width`."""
+
+    kind: Literal["fpn"] = "fpn"
+    width: Positive = 128
+    pyramid_width: Positive = 256
+    neck: bool = False
+
+
+class FaPNConfig(Strict):
+    """FaPN: as `fpn`, but the pyramid selects features and aligns them by deformable convolutions."""
+
+    kind: Literal["fapn"] = "fapn"
+    width: Positive = 128
+    pyramid_width: Annotated[int, Field(gt=0, multiple_of=8)] = 256  # 8 groups of channels move together
+    neck: bool = False
+
+
+FusionConfig = Annotated[
+    MLPFusionConfig | UperNetConfig | FPNConfig | FaPNConfig, Field(discriminator="kind")
+]
 
 
 class InternalConfig(Strict):
@@ -120,7 +161,7 @@ class AuxiliaryConfig(Strict):
 class ModelConfig(Strict):
     num_classes: Annotated[int, Field(ge=2, le=255)]
     encoder: EncoderConfig
-    fusion: FusionConfig = FusionConfig()
+    fusion: FusionConfig = MLPFusionConfig()
     context: ContextConfig | None = None
     head: HeadConfig = HeadConfig()
     auxiliary: AuxiliaryConfig | None = None
@@ -272,6 +313,16 @@ class Recipe(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _batch_norm_sees_two_values(self) -> Recipe:
+        fusion = self.model.fusion
+        if isinstance(fusion, UperNetConfig) and 1 in fusion.pools and self.train.batch_size == 1:
+            raise ValueError(
+                "train.batch_size is 1, but BatchNorm after UperNet's 1x1 pool sees one value per image and "
+                "needs two; set it to 2 or more"
+            )
+        return self
+
 
 def recipe_names() -> list[str]:
     """Names of the recipes that ship with the package, sorted."""
@@ -329,7 +380,7 @@ def validate_recipe(values: dict[str, Any], origin: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UsageError(f"{origin}: {_explain(error)}") from None
+        raise UsageError(f"{origin}: {explain(error, Recipe)}") from None
 
 
 def recipe_toml(recipe: Recipe) -> str:
@@ -337,35 +388,3 @@ def recipe_toml(recipe: Recipe) -> str:
     import tomli_w
 
     return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
-
-
-def _explain(error: ValidationError) -> str:
-    """One line for the first mistake, with the path of the key and the nearest right one."""
-    first, *others = error.errors(include_url=False)
-    path = ".".join(str(part) for part in first["loc"])
-    match first["type"]:
-        case "extra_forbidden":
-            known = _keys_at(first["loc"][:-1])
-            wrong = str(first["loc"][-1])
-            near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.4)
-            remedy = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}"
-            text = f"unknown key `{path}`; {remedy}"
-        case "missing":
-            text = f"key `{path}` is missing"
-        case _:
-            message = first["msg"].removeprefix("Value error, ")
-            got = "" if first["type"] == "value_error" else f"; got {first['input']!r}"
-            text = f"`{path}`: {message}{got}" if path else f"{message}{got}"
-    return text + (f" (and {len(others)} more)" if others else "")
-
-
-def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
-    """Field names of the table at `loc`, walking optional tables too."""
-    model: type[BaseModel] = Recipe
-    for part in loc:
-        field = model.model_fields.get(str(part))
-        if field is None:
-            return []
-        options = [field.annotation, *typing.get_args(field.annotation)]
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return list(model.model_fields)

@@ -15,8 +15,8 @@ from segdeformer.config import (
     EncoderConfig,
     EvalConfig,
     ExternalConfig,
-    FusionConfig,
     InternalConfig,
+    MLPFusionConfig,
     ModelConfig,
 )
 from segdeformer.engine.inference import predict_strips
@@ -70,7 +70,7 @@ def model_config(
     return ModelConfig(
         num_classes=num_classes,
         encoder=EncoderConfig(name=encoder),
-        fusion=FusionConfig(width=width, projection=projection),
+        fusion=MLPFusionConfig(width=width, projection=projection),
         context=context,
         **changes,
     )

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from segdeformer import build_decoder, build_model
-from segdeformer.config import EncoderConfig, FusionConfig, HeadConfig, ModelConfig, load_recipe
+from segdeformer.config import EncoderConfig, HeadConfig, MLPFusionConfig, ModelConfig, load_recipe
 from segdeformer.models.fusion import build_fusion
 
 
@@ -75,7 +75,7 @@ def block(x, layer):
 def test_mlp_fusion_is_equation_1_in_its_published_order(projection, sizes):
     channels = (3, 4, 5, 6)
     torch.manual_seed(0)
-    fusion = build_fusion(FusionConfig(width=8, projection=projection), channels).double().eval()
+    fusion = build_fusion(MLPFusionConfig(width=8, projection=projection), channels).double().eval()
     for tensor in [*fusion.parameters(), *fusion.buffers()]:
         if tensor.is_floating_point():
             tensor.data.uniform_(0.5, 1.5)
@@ -100,7 +100,7 @@ def test_without_context_the_decoder_is_fusion_and_classifier():
     config = ModelConfig(
         num_classes=7,
         encoder=EncoderConfig(name="mit_nano"),
-        fusion=FusionConfig(width=16),
+        fusion=MLPFusionConfig(width=16),
         head=HeadConfig(dropout=0.1),
     )
     decoder = build_decoder(config, (3, 4, 5, 6)).eval()
@@ -138,7 +138,7 @@ def test_auxiliary_head_reads_its_stage_and_only_in_training():
     config = load_recipe("ade20k-segdeformer-swin-s").model
     encoder = EncoderConfig(name="mit_nano")
     config = config.model_copy(
-        update={"encoder": encoder, "fusion": FusionConfig(width=16), "num_classes": 5}
+        update={"encoder": encoder, "fusion": MLPFusionConfig(width=16), "num_classes": 5}
     )
     model = build_model(config)
     images = torch.randn(2, 3, 64, 96)

@@ -10,11 +10,11 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from segdeformer.models.encoders import Encoder, TimmEncoder
-from segdeformer.models.fusion import MLPFusion
+from segdeformer.models.fusion import Fusion
 from segdeformer.models.layers import ConvBNReLU
 
 
-def fused_fusion(fusion: MLPFusion) -> MLPFusion:
+def fused_fusion(fusion: Fusion) -> Fusion:
     """A copy in eval mode without BatchNorms."""
     fused = copy.deepcopy(fusion).eval()
     for block in fused.modules():

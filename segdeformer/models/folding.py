@@ -37,7 +37,7 @@ from segdeformer.models.context import (
     join_heads,
     split_heads,
 )
-from segdeformer.models.fusion import MLPFusion
+from segdeformer.models.fusion import Fusion
 from segdeformer.models.layers import SegOutput, Tokens
 
 ALIGNMENT = 16  # columns; each part then starts at a multiple of 32 bytes in half precision too
@@ -166,7 +166,7 @@ class FoldedDecoder(nn.Module):
     def __init__(
         self,
         *,
-        fusion: MLPFusion,
+        fusion: Fusion,
         project: PartsLinear,
         internal: FoldedInternal | None,
         external: FoldedExternal | None,
@@ -221,7 +221,7 @@ def folding_obstacle(context: Context | None) -> str | None:
     return None
 
 
-def fold_decoder(fusion: MLPFusion, context: Context | None, classify: nn.Conv2d) -> FoldedDecoder:
+def fold_decoder(fusion: Fusion, context: Context | None, classify: nn.Conv2d) -> FoldedDecoder:
     """The folded decoder, of the same dtype, on the same device. Its weights are computed in float64.
 
     Raises `UsageError` when `folding_obstacle` finds one.

@@ -1,15 +1,22 @@
-"""Fuse the four encoder maps into one map of tokens at the first map's size (Eq. 1)."""
+"""Fuse the four encoder maps into one map of tokens, at the first map's size.
+
+MLP fusion (Eq. 1) is here, the others are in `upernet` and `fpn`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segdeformer.config import FusionConfig
-from segdeformer.models.layers import ConvBNReLU, Tokens, initialise_decoder, tokens_of
+from segdeformer.config import FaPNConfig, FPNConfig, FusionConfig, MLPFusionConfig, UperNetConfig
+from segdeformer.errors import UsageError
+from segdeformer.models.fapn import AlignedPyramid
+from segdeformer.models.fpn import FeaturePyramid, PyramidFusion
+from segdeformer.models.layers import ConvBNReLU, Tokens, initialise_decoder, resize, tokens_of
+from segdeformer.models.neck import NECK_SCALES, MultiLevelNeck
+from segdeformer.models.upernet import UperNetFusion
 
 
 class MLPFusion(nn.Module):
@@ -17,10 +24,15 @@ class MLPFusion(nn.Module):
 
     projection `conv_bn_relu`: 1x1 convolution + BatchNorm + ReLU per map, concatenated 1 to 4
     (mmsegmentation, and the paper's parameter counts). `linear`: a linear layer with bias per map,
-    concatenated 4 to 1 (NVlabs, Hugging Face).
+    concatenated 4 to 1 (NVlabs, Hugging Face). depth: 2, and one for each further 1x1 block (Table 8).
+
+    A 1x1 convolution over a concatenation is a sum of one per map, and commutes with resizing: each
+    map is mixed at its own size, and the concatenation is never made.
     """
 
-    def __init__(self, channels: Sequence[int], *, width: int, projection: str = "conv_bn_relu") -> None:
+    def __init__(
+        self, channels: Sequence[int], *, width: int, depth: int = 2, projection: str = "conv_bn_relu"
+    ) -> None:
         super().__init__()
         self.width = width
         self.deepest_first = projection == "linear"
@@ -31,22 +43,54 @@ class MLPFusion(nn.Module):
         else:
             self.project = nn.ModuleList(ConvBNReLU(c, width) for c in channels)
         self.fuse = ConvBNReLU(width * len(channels), width)
+        self.deepen = nn.Sequential(*(ConvBNReLU(width, width) for _ in range(depth - 2)))
         self.apply(initialise_decoder)
         if projection == "linear":
             for linear in linears:
                 nn.init.trunc_normal_(linear.weight, std=0.02)
 
     def forward(self, maps: Sequence[Tensor]) -> Tokens:
-        size = maps[0].shape[-2:]
-        projected = [
-            F.interpolate(y, size, mode="bilinear", align_corners=False) if y.shape[-2:] != size else y
-            for y in (layer(x) for layer, x in zip(self.project, maps, strict=True))
-        ]
+        conv, norm, activation = self.fuse
+        assert isinstance(conv, nn.Conv2d)
+        weights = conv.weight.split(self.width, dim=1)
         if self.deepest_first:
-            projected.reverse()
-        return tokens_of(self.fuse(torch.cat(projected, dim=1)))
+            weights = weights[::-1]
+        biases = [conv.bias, *[None] * (len(maps) - 1)]  # there is one when its BatchNorm is folded into it
+        first, *others = [
+            F.conv2d(layer(x), weight, bias)
+            for layer, x, weight, bias in zip(self.project, maps, weights, biases, strict=True)
+        ]
+        for other in others:
+            first += resize(other, first.shape[-2:])
+        return tokens_of(self.deepen(activation(norm(first))))
 
 
-def build_fusion(config: FusionConfig, channels: Sequence[int]) -> MLPFusion:
-    """The fusion that `config.kind` names, for encoder maps of these channels."""
-    return MLPFusion(channels, width=config.width, projection=config.projection)
+Fusion = MLPFusion | UperNetFusion | PyramidFusion
+
+
+def build_fusion(
+    config: FusionConfig, channels: Sequence[int], strides: Sequence[int] = (4, 8, 16, 32)
+) -> Fusion:
+    """The fusion that `config.kind` names, for encoder maps of these channels and strides.
+
+    Raises `UsageError` for a neck behind a pyramid encoder, `UserError` when `fapn` lacks torchvision.
+    """
+    if isinstance(config, MLPFusionConfig):
+        return MLPFusion(channels, width=config.width, depth=config.depth, projection=config.projection)
+    neck = None
+    if config.neck:
+        if len(set(strides)) > 1:
+            raise UsageError(
+                "`model.fusion.neck` is for flat (ViT) encoders, whose maps have one size; this one's have "
+                f"strides {list(strides)}: set it to false"
+            )
+        neck = MultiLevelNeck(channels)
+        strides = [round(stride / scale) for stride, scale in zip(strides, NECK_SCALES, strict=True)]
+    match config:
+        case UperNetConfig():
+            return UperNetFusion(channels, width=config.width, pools=config.pools, neck=neck)
+        case FPNConfig():
+            pyramid: FeaturePyramid | AlignedPyramid = FeaturePyramid(channels, width=config.pyramid_width)
+        case FaPNConfig():
+            pyramid = AlignedPyramid(channels, width=config.pyramid_width)
+    return PyramidFusion(pyramid, strides, width=config.width, neck=neck)

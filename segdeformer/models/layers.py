@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -25,8 +27,15 @@ def tokens_of(map_BCHW: Tensor) -> Tokens:
     return Tokens(map_BCHW.flatten(2).transpose(1, 2), height, width)
 
 
+def resize(map_BChw: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, with pixels as areas (align_corners=False); the map itself where it has that size."""
+    if map_BChw.shape[-2:] == size:
+        return map_BChw
+    return F.interpolate(map_BChw, size, mode="bilinear", align_corners=False)
+
+
 class SegOutput(NamedTuple):
-    """What a decoder makes, at the size of the first encoder map."""
+    """What a decoder makes, at the size of the fused map."""
 
     logits_BKhw: Tensor
     class_logits_BKhw: Tensor | None  # float32, Attn_mid as a map, for L_attn (Eq. 8)
@@ -70,4 +79,12 @@ def initialise_decoder(module: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
         case nn.BatchNorm2d() | nn.LayerNorm():
             nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def initialise_linear_convolutions(module: nn.Module) -> None:
+    """Convolutions that no ReLU follows: Xavier-uniform, biases 0; for `Module.apply`."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
             nn.init.zeros_(module.bias)

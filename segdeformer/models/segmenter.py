@@ -1,6 +1,7 @@
 """Encoder and decoder put together: images in, low-resolution class logits out.
 
-B batch, HW image, hw the first encoder map (1/4 or 1/16), K classes.
+B batch, HW image, hw the fused map, which has the size of the first encoder map (1/4 or 1/16) or, behind a
+neck, four times that; K classes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from segdeformer.models.batch_norms import fused_encoder
 from segdeformer.models.context import Context, ExternalForm, build_context
 from segdeformer.models.encoders import Encoder, build_encoder
 from segdeformer.models.folding import FoldedDecoder, fold_decoder, folding_obstacle, refuse_training
-from segdeformer.models.fusion import MLPFusion, build_fusion
+from segdeformer.models.fusion import Fusion, build_fusion
 from segdeformer.models.layers import ConvBNReLU, SegOutput, Tokens, initialise_decoder
 from segdeformer.models.weights import WeightsReport, load_encoder_weights
 
@@ -51,12 +52,12 @@ class AuxiliaryHead(nn.Module):
 
 
 class SegDeformer(nn.Module):
-    """The decoder: fusion, context, head. With `context=None` it is SegFormer's.
+    """The decoder: fusion, context, head. With `context=None` it is SegFormer's, UperNet or another.
 
     Works on the four maps of any encoder, largest first.
     """
 
-    def __init__(self, *, fusion: MLPFusion, context: Context | None, head: Head) -> None:
+    def __init__(self, *, fusion: Fusion, context: Context | None, head: Head) -> None:
         super().__init__()
         self.fusion = fusion
         self.context = context
@@ -97,7 +98,7 @@ class Segmenter(nn.Module):
         self.auxiliary = auxiliary
 
     def forward(self, images_B3HW: Tensor) -> SegOutput:
-        """Logits of normalised RGB images of any size, at the size of the encoder's first map."""
+        """Logits of normalised RGB images of any size, at the size of the fused map."""
         maps = self.encoder(images_B3HW)
         output = self.decoder(maps)
         if self.auxiliary is not None and self.training:
@@ -138,11 +139,13 @@ def build_decoder(
     config: ModelConfig,
     channels: Sequence[int],
     *,
+    strides: Sequence[int] = (4, 8, 16, 32),
     impl: Impl = "auto",
     external_form: ExternalForm = "low_rank",
 ) -> SegDeformer:
     """The decoder of a recipe for encoder maps of these channels, initialised for training.
 
+    strides: of the encoder maps; only fusions `fpn` and `fapn`, and a neck, depend on them.
     impl: see `segdeformer.kernels.impl`. external_form `plain` runs Eq. 7 as printed instead of in
     its exact low-rank form. Neither changes results beyond rounding.
     """
@@ -156,7 +159,7 @@ def build_decoder(
             external_form=external_form,
         )
     return SegDeformer(
-        fusion=build_fusion(config.fusion, channels),
+        fusion=build_fusion(config.fusion, channels, strides),
         context=context,
         head=Head(config.fusion.width, config.num_classes, dropout=config.head.dropout),
     )
@@ -172,7 +175,9 @@ def build_model(
     encoder = build_encoder(config.encoder)
     from_file = config.encoder.weights not in ("none", "timm")
     report = load_encoder_weights(encoder, config.encoder.weights) if from_file else None
-    decoder = build_decoder(config, encoder.channels, impl=impl, external_form=external_form)
+    decoder = build_decoder(
+        config, encoder.channels, strides=encoder.strides, impl=impl, external_form=external_form
+    )
     auxiliary = None
     if config.auxiliary is not None:
         auxiliary = AuxiliaryHead(
