@@ -56,6 +56,7 @@ MAIN_WIDTHS = {
 }
 NUM_PIXELS = 16384
 MOST_SPILL_BYTES = {2: 64, 4: 1024}
+MOST_RAGGED_SPILL_BYTES = 256  # of half precision with masks
 TABLE = Path(__file__).parent / "results" / "aot.md"
 
 
@@ -68,6 +69,7 @@ class Case(NamedTuple):
     element_bytes: int
     architecture: str
     tile: Tile
+    even: bool = True  # whole blocks; else there are masks at the edges
 
 
 class Compiled(NamedTuple):
@@ -82,7 +84,7 @@ class Compiled(NamedTuple):
     @property
     def allowed_spill_bytes(self) -> int:
         """Half precision, the main road, hardly spills; exact float32 products may where tiles are wide."""
-        return MOST_SPILL_BYTES[self.case.element_bytes]
+        return MOST_SPILL_BYTES[self.case.element_bytes] if self.case.even else MOST_RAGGED_SPILL_BYTES
 
     @property
     def fits(self) -> bool:
@@ -101,7 +103,8 @@ def build_launch(case: Case) -> Launch | None:
     few = case.kernel == "attention_forward_few_keys"
     if few and not case.tile.block_keys:
         return None
-    n, m = NUM_PIXELS, case.tile.block_keys if few else NUM_PIXELS
+    n = NUM_PIXELS if case.even else NUM_PIXELS - 1
+    m = case.tile.block_keys if few else n
     d, e = case.width, case.value_width
     is_external = case.kernel.startswith("external")
     values = empty(1, m, padded_width(e))
@@ -123,7 +126,7 @@ def build_launch(case: Case) -> Launch | None:
             return attention.weights_launch(x, upstream, empty(1024, n), empty(1024, n), tile=case.tile)
         case "external_backward_keys":
             logits = empty(1, n, d, dtype=torch.float32)
-            return external.backward_keys_launch(x, upstream, logits, logits, tile=case.tile)
+            return external.external_backward_keys_launch(x, upstream, logits, logits, tile=case.tile)
         case "row_deltas":
             return attention.deltas_launch(out, out, lse)
         case "class_probabilities":
@@ -274,6 +277,8 @@ def shipped_cases(architectures: Iterable[str], *, main_only: bool = False) -> I
                 padded = padded_width(d), padded_width(e)
                 tile = default_tile(kernel, *padded, element_bytes, ARCHITECTURES[name])
                 yield Case(kernel, d, e, element_bytes, name, tile)
+                if element_bytes == 2 and (d, e) in main_widths(kernel) and tile.block_keys and not main_only:
+                    yield Case(kernel, d, e, element_bytes, name, tile, even=False)
         for kernel, width in itertools.product(FIXED, (150,) if main_only else (19, 150)):
             yield Case(kernel, width, width, 2, name, Tile(0, 0, 4, 1))
             yield Case(kernel, width, width, 4, name, Tile(0, 0, 4, 1))
@@ -317,6 +322,7 @@ def write_table(results: list[Compiled], path: Path) -> None:
         "",
         f"Triton {triton.__version__}, no GPU involved. Regenerate with `python benchmarks/aot.py`.",
         "Tile: queries x keys, warps, pipeline stages. Spills: bytes of a thread's stack frame.",
+        f"Ragged: {NUM_PIXELS - 1:,} pixels, which no tile divides, with masks at the edges.",
         "",
     ]
     for name, card in ARCHITECTURES.items():
@@ -324,7 +330,7 @@ def write_table(results: list[Compiled], path: Path) -> None:
         lines += ["| kernel | widths | bytes | tile | shared B | registers | spills B | products |"]
         lines += ["|---|---|---|---|---|---|---|---|"]
         lines += [
-            f"| {c.kernel} | {c.width}, {c.value_width} | {c.element_bytes} "
+            f"| {c.kernel}{'' if c.even else ', ragged'} | {c.width}, {c.value_width} | {c.element_bytes} "
             f"| {c.tile if c.tile.block_queries else ''} | {r.shared_bytes:,} | {r.registers} "
             f"| {r.spill_bytes} | {r.instruction} |"
             for r in results

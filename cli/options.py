@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
 ImplName = Annotated[
     str,
-    typer.Option("--impl", help="Implementation of the attention: auto, triton, sdpa, blocks or reference."),
+    typer.Option(
+        "--impl", help="What computes attention, loss and winners: auto, triton, sdpa, blocks or reference."
+    ),
 ]
 Mode = Annotated[
     str | None, typer.Option(help="whole image, or slide a window; default: as the recipe says.")

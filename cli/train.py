@@ -72,6 +72,8 @@ def train_command(
 
     chosen = choose_device(device)
     resolved = checked_impl(impl, chosen)
+    if resolved == "blocks":
+        raise UsageError("--impl blocks has no gradients; use auto or sdpa to train")
     given = parse_data_spec(data) if data is not None else None
     if resume:
         if recipe is not None or seed is not None or batch is not None or weights is not None:

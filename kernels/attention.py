@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,7 +30,8 @@ def attention(
         case "blocks":
             from segdeformer.kernels.attention_blocks import attention_blocks
 
-            return attention_blocks(queries_BND, keys_BMD, values_BME, scale=scale)
+            with torch.autocast("cpu", enabled=False):
+                return attention_blocks(queries_BND, keys_BMD, values_BME, scale=scale)
         case "sdpa":
             return _attention_sdpa(queries_BND, keys_BMD, values_BME, scale=scale)
 
@@ -69,5 +71,5 @@ def check_attention_shapes(queries_BND: Tensor, keys_BMD: Tensor, values_BME: Te
         raise ValueError(f"queries are {width} wide, keys {key_width}; both must be D")
     if num_keys != num_values:
         raise ValueError(f"there are {num_keys} keys and {num_values} values; both must be M")
-    if num_keys == 0:
-        raise ValueError("there are no keys; attention needs at least one")
+    if num_keys == 0 or width == 0:
+        raise ValueError(f"there are {num_keys} keys, {width} wide; attention needs at least one of each")

@@ -23,7 +23,7 @@ from segdeformer.kernels.launch import check_operands, check_widths, padded_rows
 from segdeformer.kernels.tiles import backward_form
 
 CHUNK_BYTES = 64 * 2**20  # of P and dS together: memory stays O(N), and large caches hold much of it
-LEAST_CHUNK = 128
+LEAST_CHUNK, MOST_CHUNK = 128, 2**18
 
 
 def attention_triton(queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, *, scale: float) -> Tensor:
@@ -113,10 +113,10 @@ def backward_in_chunks(
 ) -> None:
     """All gradients for any width: P and dS of a chunk of queries by one kernel, then matrix products.
 
-    Holds two n x M matrices of at most `CHUNK_BYTES` together.
+    Holds two n x M matrices, of `CHUNK_BYTES` together or of the least chunk's 128 rows.
     """
     row_bytes = 2 * x.num_keys * x.queries.element_size()
-    chunk = max(LEAST_CHUNK, CHUNK_BYTES // row_bytes // LEAST_CHUNK * LEAST_CHUNK)
+    chunk = min(max(LEAST_CHUNK, CHUNK_BYTES // row_bytes // LEAST_CHUNK * LEAST_CHUNK), MOST_CHUNK)
     for b in range(x.queries.shape[0]):
         of_keys = torch.zeros_like(x.keys[b], dtype=torch.float32)
         of_values = torch.zeros_like(x.values[b], dtype=torch.float32)

@@ -24,6 +24,7 @@ from segdeformer.kernels.launch import Launch, check_operands, check_widths, pad
 from segdeformer.kernels.tiles import Tile, padded_width
 
 SOFTMAX_ROWS = 16
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -50,7 +51,7 @@ def class_probabilities(
     columns = tl.arange(0, WIDTH)
     scores = load_logits(logits, rows, columns, num_columns, num_rows)
     highest = tl.max(scores, 1)
-    weights = tl.exp2((scores - highest[:, None]) * 1.4426950408889634)
+    weights = tl.exp2((scores - highest[:, None]) * LOG2_E)
     shares = weights / tl.sum(weights, 1)[:, None]
     within = (rows[:, None] < num_rows) & (columns[None, :] < padded_columns)
     places = rows[:, None] * padded_columns + columns[None, :]
@@ -138,11 +139,11 @@ def external_backward_keys(
     if D2 > 0:
         a2 = load_logits(logits, offsets, columns2, width, left)
         highest = tl.maximum(highest, tl.max(a2, 1))
-    p1 = tl.exp2((a1 - highest[:, None]) * 1.4426950408889634)
+    p1 = tl.exp2((a1 - highest[:, None]) * LOG2_E)
     weight = tl.sum(p1, 1)
     along = tl.sum(p1 * total1, 1)
     if D2 > 0:
-        p2 = tl.exp2((a2 - highest[:, None]) * 1.4426950408889634)
+        p2 = tl.exp2((a2 - highest[:, None]) * LOG2_E)
         weight += tl.sum(p2, 1)
         along += tl.sum(p2 * total2, 1)
     share = 1.0 / weight
@@ -204,7 +205,7 @@ def external_attention_backward(
         operands = external_operands(scores, middle, scale)
         upstream = Upstream(padded_rows(grad_mixed, operands.keys.shape[2]), lse, deltas)
         backward_queries_launch(operands, upstream, grad_scores, keys_are_values=True).run()
-        backward_keys_launch(operands, upstream, middle.contiguous(), grad_middle).run()
+        external_backward_keys_launch(operands, upstream, middle.contiguous(), grad_middle).run()
     return grad_scores, grad_middle
 
 
@@ -252,7 +253,7 @@ def probabilities_launch(middle: Tensor, probabilities: Tensor) -> Launch:
     )
 
 
-def backward_keys_launch(
+def external_backward_keys_launch(
     x: Operands, upstream: Upstream, middle: Tensor, grad_middle: Tensor, *, tile: Tile | None = None
 ) -> Launch:
     """dA, (B, N, K) contiguous."""

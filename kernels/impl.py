@@ -27,6 +27,7 @@ def check_impl(impl: str, device: torch.device | None = None) -> Impl:
     sdpa: PyTorch's scaled_dot_product_attention, which never stores the N x M scores.
     blocks: on a CPU without gradients, faster than sdpa for large maps.
     reference: the textbook equation, which stores the scores.
+    With sdpa and blocks, losses and winners of upsampled logits are made in strips of rows.
     auto: see `choose_impl`.
     """
     match impl:
@@ -78,8 +79,9 @@ def choose_impl(
             torch.is_grad_enabled(),
         )
     large = queries_BND.shape[1] * keys_BMD.shape[1] >= LEAST_SCORES_FOR_BLOCKS
-    plain = queries_BND.device.type == "cpu" and queries_BND.dtype == torch.float32
-    return "blocks" if large and plain and not torch.is_grad_enabled() else "sdpa"
+    plain = queries_BND.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    on_cpu = queries_BND.device.type == "cpu"
+    return "blocks" if on_cpu and large and plain and not torch.is_grad_enabled() else "sdpa"
 
 
 def _faster_on_gpu(
@@ -125,7 +127,7 @@ def describe_impl(impl: Impl, device: torch.device) -> str:
     if impl != "auto":
         return impl
     if device.type == "cpu":
-        return "auto (sdpa, and blocks for large maps without gradients)"
+        return "auto (sdpa, and blocks for large maps without gradients; upsampling in strips)"
     name = torch.cuda.get_device_name(device)
     choices = measured_choices(device)
     if not choices:

@@ -7,6 +7,7 @@ Triton's interpreter, or compiled ahead of time for a card that is not here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,10 +17,11 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from segdeformer.errors import KernelError
+from segdeformer.errors import KernelError, UserError
 from segdeformer.kernels.tiles import LARGEST_WIDTH, Tile
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ALIGNED_BYTES = 16  # what bulk copies ask of an address
 ALIGNED = 16  # elements: Triton vectorises, and pipelines, what it knows to be a multiple of this
 
 
@@ -62,6 +64,8 @@ class Launch(NamedTuple):
                     **self.constants,
                     **self.options,
                 )
+        except torch.OutOfMemoryError:
+            raise
         except (TritonError, RuntimeError) as error:
             raise KernelError(self.failure(error)) from error
 
@@ -123,15 +127,22 @@ def check_operands(*tensors: Tensor) -> None:
 def check_widths(*widths: int) -> None:
     """Raise `ValueError` for a width that no tile covers."""
     if max(widths) > LARGEST_WIDTH:
-        raise ValueError(
+        raise UserError(
             f"impl `triton` takes widths up to {LARGEST_WIDTH}, got {max(widths)}; use sdpa, or more heads"
         )
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """How float32 products are taken: exactly, unless PyTorch's own matmul is allowed TF32."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
+def dot_precision(dtype: torch.dtype, *, tf32: bool = False) -> str:
+    """How float32 products are taken: exactly, unless PyTorch's own matmul, or the caller, allows TF32."""
+    allowed = tf32 or torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and dtype == torch.float32 and _has_tf32() else "ieee"
+
+
+@functools.cache
+def _has_tf32() -> bool:
+    if torch.version.hip is None or not torch.cuda.is_available():
+        return True
+    return torch.cuda.get_device_properties(0).gcnArchName.startswith("gfx942")
 
 
 def padded_rows(matrix_BNW: Tensor, width: int) -> Tensor:
@@ -145,7 +156,7 @@ def padded_rows(matrix_BNW: Tensor, width: int) -> Tensor:
         and matrix_BNW.stride(2) == 1
         and matrix_BNW.stride(1) % ALIGNED == 0
         and matrix_BNW.stride(0) % ALIGNED == 0
-        and matrix_BNW.storage_offset() % ALIGNED == 0
+        and matrix_BNW.data_ptr() % ALIGNED_BYTES == 0
     ):
         return matrix_BNW
     padded_BNW = matrix_BNW.new_empty(batch, num_rows, width)

@@ -1,8 +1,8 @@
 """Block shapes of the Triton kernels: measured ones per GPU, safe ones for every other card.
 
 `tuned/defaults.json` holds, per architecture, tiles that compile within the card's shared memory without
-spills to speak of; `benchmarks/aot.py` wrote it and proves it. `tuned/<gpu>.json` holds what
-`segdeformer bench --tune` measured on one GPU; files in the user's cache folder come before ours:
+spills to speak of; `benchmarks/choose_tiles.py` wrote it, `aot.py` there proves it. `tuned/<gpu>.json`
+holds what `segdeformer bench --tune` measured on one GPU; files in the user's cache folder come before ours:
 
     {"gpu": "NVIDIA H200", "architecture": "sm_90", "torch": ..., "triton": ..., "commit": ..., "date": ...,
      "tiles": {kernel: {"256x160": {"2": [queries, keys, warps, stages, tma, warp_specialize]}}},
@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from segdeformer.errors import UserError
 
 WIDTHS = (64, 128, 192, 256, 512)  # classes of the default tiles: the wider of keys and values, rounded up
 LARGEST_WIDTH = WIDTHS[-1]
@@ -108,18 +110,18 @@ def padded_width(width: int) -> int:
 def architecture_of(device: torch.device) -> Architecture:
     """The kind of card whose default tiles are safe on this device.
 
-    Raises `ValueError` for NVIDIA cards before compute capability 8.0.
+    Raises `UserError` for NVIDIA cards before compute capability 8.0.
     """
     if device.type != "cuda":
         return ARCHITECTURES["sm_90"]  # Triton's interpreter, which takes any tile
     if torch.version.hip is not None:
-        return ARCHITECTURES["gfx942"]
+        return ARCHITECTURES["gfx942"]  # its tiles are small enough for other AMD cards too
     properties = torch.cuda.get_device_properties(device)
     shared, major = properties.shared_memory_per_block_optin, properties.major
     if shared >= ARCHITECTURES["sm_90"].shared_bytes:
         return ARCHITECTURES["sm_100" if major >= 10 else "sm_90"]
     if major < 8:
-        raise ValueError(
+        raise UserError(
             f"impl `triton` needs an NVIDIA GPU of compute capability 8.0 or newer, {properties.name} has "
             f"{major}.{properties.minor}, for which Triton has no matrix instructions; use --impl sdpa"
         )
@@ -157,6 +159,7 @@ def default_tile(
     return Tile(*table[place][str(element_bytes)])
 
 
+@functools.cache
 def tuned_for(device: torch.device) -> dict[str, Any]:
     """What was measured on this GPU, the user's own measurements first; empty if nothing was."""
     name = f"{gpu_slug(torch.cuda.get_device_name(device))}.json"
@@ -182,12 +185,18 @@ def gpu_slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
+def forget_tables() -> None:
+    """Read the tile files again when they are next asked for."""
+    read_tiles.cache_clear()
+    tuned_for.cache_clear()
+
+
 @functools.cache
 def read_tiles(path: Path) -> dict[str, Any]:
-    """A tile file, read once; raises `ValueError` when it is damaged."""
+    """A tile file, read once; raises `UserError` when it is damaged."""
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is not valid JSON ({error}); delete it and run `segdeformer bench --tune`"
         ) from None

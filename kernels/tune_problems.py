@@ -135,7 +135,7 @@ class Trial:
                     x, self.upstream, results["queries"], keys_are_values=shared, tile=tile
                 )
             case "external_backward_keys":
-                return external_attention_triton.backward_keys_launch(
+                return external_attention_triton.external_backward_keys_launch(
                     x, self.upstream, self.middle, results["middle"], tile=tile
                 )
             case "attention_weights_and_grads":

@@ -23,7 +23,7 @@ import triton
 from segdeformer import __version__
 from segdeformer.errors import UserError
 from segdeformer.files import write_text
-from segdeformer.kernels.tiles import Choice, Tile, architecture_of, read_tiles
+from segdeformer.kernels.tiles import Choice, Tile, architecture_of, forget_tables
 from segdeformer.kernels.tune_problems import Problem
 
 KERNEL_FOLDER = Path(__file__).resolve().parent
@@ -46,7 +46,7 @@ class TunedFile:
         text = re.sub(r"\[\s+([^][{}]*?)\s+\]", _one_line, json.dumps(self.table, indent=1)) + "\n"
         for path in filter(None, (self.path, self.copy)):
             write_text(path, text)
-        read_tiles.cache_clear()
+        forget_tables()
 
     def outcomes(self, problem: Problem) -> dict[Tile, float | str]:
         """Of each candidate so far its milliseconds, or why it was turned down."""
@@ -142,8 +142,8 @@ def _one_line(found: re.Match[str]) -> str:
 def kernel_sources() -> str:
     """A digest of the Triton code that is tuned and of its launches: other sources are other kernels."""
     digest = hashlib.sha256()
-    launching = [KERNEL_FOLDER / "launch.py", KERNEL_FOLDER / "attention_launches.py"]
-    for path in sorted(KERNEL_FOLDER.glob("*attention*_triton.py")) + launching:
+    names = ("*_triton.py", "*_launches.py", "launch.py")
+    for path in sorted(path for name in names for path in KERNEL_FOLDER.glob(name)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -43,9 +43,10 @@ def upsample_argmax_reference(
     logits_BKhw: Tensor, size: tuple[int, int], *, confidence: bool = False
 ) -> Winners:
     """The definition; holds the full-resolution logits."""
-    full_BKHW = F.interpolate(logits_BKhw.float(), size, mode="bilinear", align_corners=False)
+    dtype = torch.promote_types(logits_BKhw.dtype, torch.float32)
+    full_BKHW = F.interpolate(logits_BKhw.to(dtype), size, mode="bilinear", align_corners=False)
     ids_BHW = full_BKHW.argmax(dim=1).to(id_dtype(logits_BKhw.shape[1]))
-    return Winners(ids_BHW, full_BKHW.softmax(dim=1).amax(dim=1) if confidence else None)
+    return Winners(ids_BHW, full_BKHW.softmax(dim=1).amax(dim=1).float() if confidence else None)
 
 
 def upsample_confusion(
@@ -109,7 +110,7 @@ def _upsample_argmax_strips(
     ids_BHW, confidence_BHW = empty_winners(logits, height, width, confidence)
     rows = strip_rows(logits.shape[1] * width)
     for b in range(logits.shape[0]):
-        map_1Khw = logits[b : b + 1].float()
+        map_1Khw = logits[b : b + 1].to(torch.promote_types(logits.dtype, torch.float32))
         for top in range(0, height, rows):
             strip = slice(top, min(top + rows, height))
             full_KrW = upsample_rows(map_1Khw, (height, width), strip.start, strip.stop)[0]

@@ -43,8 +43,9 @@ def upsample_cross_entropy(
     `valid` divides by the pixels that are not ignored (with class weights: by the sum of their
     weights, PyTorch's rule), `all` by every pixel (mmsegmentation's). Easy pixels that `hard_pixels`
     leaves out count as ignored. If all pixels are ignored the loss is 0 with zero gradients.
-    Raises `ValueError` when shapes do not belong together, `average` is unknown or, but for impl
-    `triton`, which gives NaN, a label is neither a class nor ignored.
+    Raises `ValueError` when shapes do not belong together or an option is out of range. A label that is
+    neither a class nor ignored raises too, but on a GPU and with impl `triton` it gives NaN.
+    First derivatives only, and none by torch.func; impl `reference` has them all.
     """
     if logits_BKhw.ndim != 4 or labels_BHW.ndim != 3 or logits_BKhw.shape[0] != labels_BHW.shape[0]:
         raise ValueError(
@@ -53,9 +54,22 @@ def upsample_cross_entropy(
         )
     if average not in ("valid", "all"):
         raise ValueError(f"average is `{average}`; expected `valid` or `all`")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}; expected 0 to 1")
+    num_classes = logits_BKhw.shape[1]
+    if class_weights_K is not None:
+        if class_weights_K.shape != (num_classes,):
+            raise ValueError(f"class weights are {tuple(class_weights_K.shape)}; expected ({num_classes},)")
+        dtype = torch.promote_types(logits_BKhw.dtype, torch.float32)
+        class_weights_K = class_weights_K.to(logits_BKhw.device, dtype)
+    labels_BHW = labels_BHW.to(logits_BKhw.device)
+    ids = torch.iinfo(labels_BHW.dtype)
+    if not ids.min <= ignore_index <= ids.max:  # in its own type, 255 would be a match for -1
+        labels_BHW = labels_BHW.long()
     chosen = choose_upsampling(impl, "upsample_cross_entropy", logits_BKhw)
-    if chosen != "triton":
-        _check_labels(labels_BHW, logits_BKhw.shape[1], ignore_index)
+    # On a GPU nobody waits for a look at the labels: a stray one makes the loss NaN.
+    if chosen == "reference" or (logits_BKhw.device.type == "cpu" and chosen != "triton"):
+        check_labels(labels_BHW, num_classes, ignore_index)
     if hard_pixels is not None:
         losses_BHW = _loss_map(logits_BKhw.detach(), labels_BHW, ignore_index, chosen)
         labels_BHW = _without_easy(labels_BHW, losses_BHW, ignore_index, hard_pixels)
@@ -101,7 +115,7 @@ def upsample_cross_entropy_reference(
     total = F.cross_entropy(
         full_BKHW,
         labels_BHW.long(),
-        weight=class_weights_K.to(dtype) if class_weights_K is not None else None,
+        weight=class_weights_K,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         reduction="sum",
@@ -122,7 +136,8 @@ def _divisor(
     return divisor.where(divisor > 0, 1.0)
 
 
-def _check_labels(labels_BHW: Tensor, num_classes: int, ignore_index: int) -> None:
+def check_labels(labels_BHW: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raise `ValueError` for a label that is neither a class nor ignored."""
     if torch.compiler.is_compiling():
         return  # a value cannot stop a graph
     stray_BHW = (labels_BHW != ignore_index) & ((labels_BHW < 0) | (labels_BHW >= num_classes))
@@ -148,7 +163,7 @@ def _loss_map(logits_BKhw: Tensor, labels_BHW: Tensor, ignore_index: int, chosen
 def _without_easy(
     labels_BHW: Tensor, losses_BHW: Tensor, ignore_index: int, hard_pixels: HardPixels
 ) -> Tensor:
-    shares_BHW = (-losses_BHW).exp()
+    shares_BHW = (-losses_BHW).exp().nan_to_num(nan=0.0)  # stray labels stay, to make the loss NaN
     valid_BHW = labels_BHW != ignore_index
     # Ignored pixels as the easiest of all, so that the kept-th hardest is a valid one if there are as many.
     ranked = shares_BHW.where(valid_BHW, torch.inf).flatten()

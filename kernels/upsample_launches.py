@@ -39,8 +39,8 @@ class Taps(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def resize_taps(source: int, target: int, device: torch.device) -> Taps:
     """The taps of a bilinear resize, align_corners=False, found in float64."""
-    rows = source_rows(source, target, 0, target)
-    places = torch.arange(source)
+    rows = source_rows(source, target, 0, target, device="cpu")
+    places = torch.arange(source, device="cpu")
     begins = torch.searchsorted(rows.near_r, places)
     ends = torch.searchsorted(rows.near_r, places, right=True)
     first = torch.cat([begins[:1], begins[:-1]])  # what is near to the place before has this one as far
@@ -98,19 +98,16 @@ class LossTerms(NamedTuple):
     ignore_index: int
     label_smoothing: float
 
-    def tensors(self, logits: Tensor) -> dict[str, Tensor]:
-        unused = self.labels if self.class_weights is None else self.class_weights
-        return {"labels": self.labels, "class_weights": unused}
+    def tensors(self) -> dict[str, Tensor]:
+        weights, weight_sum = self.labels, self.labels  # not looked at
+        if self.class_weights is not None:
+            weights = weight_sum = self.class_weights
+            if self.label_smoothing:
+                weight_sum = self.class_weights.sum().reshape(1)
+        return {"labels": self.labels, "class_weights": weights, "weight_sum": weight_sum}
 
-    def numbers(self, num_classes: int) -> dict[str, int | float]:
-        weight_sum = float(num_classes)
-        if self.class_weights is not None and self.label_smoothing:
-            weight_sum = self.class_weights.sum().item()
-        return {
-            "ignore_index": self.ignore_index,
-            "smoothing": float(self.label_smoothing),
-            "weight_sum": weight_sum,
-        }
+    def numbers(self) -> dict[str, int | float]:
+        return {"ignore_index": self.ignore_index, "smoothing": float(self.label_smoothing)}
 
     def constants(self) -> dict[str, int | str | bool]:
         return {"WEIGHTED": self.class_weights is not None, "SMOOTHED": self.label_smoothing > 0}
@@ -123,8 +120,8 @@ def loss_launch(
     return Launch(
         upsampled_loss,
         up.grid(tile),
-        {**up.tensors(), **terms.tensors(up.logits), "lse": lse, "losses": losses},
-        {**up.numbers(), **terms.numbers(up.logits.shape[1])},
+        {**up.tensors(), **terms.tensors(), "lse": lse, "losses": losses},
+        {**up.numbers(), **terms.numbers()},
         {**terms.constants(), "BLOCK_PIXELS": tile.block_queries, "BLOCK_CLASSES": _classes(up, tile)},
         tile,
     )
@@ -139,7 +136,7 @@ def gradient_launch(
     *,
     tile: Tile = TILE,
 ) -> Launch:
-    """The gradient of the summed loss times a number on the device; laid out in memory as the logits."""
+    """The gradient of the summed loss times a number on the device."""
     batch, num_classes, map_height, map_width = up.logits.shape
     class_blocks = triton.cdiv(num_classes, _classes(up, tile))
     return Launch(
@@ -147,7 +144,7 @@ def gradient_launch(
         (triton.cdiv(map_width, GRADIENT_COLUMNS), map_height, batch * class_blocks),
         {
             **up.tensors(),
-            **terms.tensors(up.logits),
+            **terms.tensors(),
             "first_rows": up.rows.first,
             "last_rows": up.rows.last,
             "first_columns": up.columns.first,
@@ -158,14 +155,18 @@ def gradient_launch(
         },
         {
             **up.numbers(),
-            **terms.numbers(num_classes),
+            **terms.numbers(),
             "map_height": map_height,
             "map_width": map_width,
+            "grad_batch_stride": grad_logits.stride(0),
+            "grad_class_stride": grad_logits.stride(1),
+            "grad_row_stride": grad_logits.stride(2),
+            "grad_column_stride": grad_logits.stride(3),
         },
         {
             **terms.constants(),
             # Of half-precision logits, sums in tf32 lose nothing that was there.
-            "PRECISION": dot_precision(torch.float32) if up.logits.dtype == torch.float32 else "tf32",
+            "PRECISION": dot_precision(torch.float32, tf32=up.logits.dtype != torch.float32),
             "BLOCK_COLUMNS": GRADIENT_COLUMNS,
             "BLOCK_PIXELS": tile.block_queries,
             "BLOCK_CLASSES": _classes(up, tile),
@@ -248,9 +249,6 @@ def upsample_loss_backward(
     grad_logits = torch.empty_like(logits)
     if not grad_logits.numel() or not labels.numel():
         return grad_logits.zero_()
-    if grad_logits.stride() != logits.stride():
-        logits = logits.contiguous()
-        grad_logits = torch.empty_like(logits)
     up = Upsampling(logits, labels.shape[1], labels.shape[2])
     terms = _terms(labels, class_weights, ignore_index, label_smoothing)
     gradient_launch(up, terms, lse, factor, grad_logits).run()

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from segdeformer.kernels.rows import SourceRows, source_rows
 
-STRIP_BYTES = 4 * 2**20  # what stays in a processor's cache between the passes over a strip
+# What stays in a processor's cache between the passes over a strip; on a GPU enough to fill it.
+STRIP_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 
 
 @torch.library.custom_op("segdeformer::upsample_loss_strips", mutates_args=())
@@ -29,33 +30,28 @@ def upsample_loss_strips(
     Float32, or float64 for float64 logits. Ignored pixels lose 0. Only the sum carries gradients.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    weights_K = class_weights.to(dtype) if class_weights is not None else None
     losses_BHW = torch.zeros(labels.shape, dtype=dtype, device=logits.device)
     shape = logits.shape if with_gradient else (0,)
     gradient_BKhw = torch.zeros(shape, dtype=dtype, device=logits.device)
     if not labels.numel():
         return losses_BHW.sum(), losses_BHW, gradient_BKhw
     columns = _Columns(logits.shape[-1], labels.shape[-1], dtype, logits.device)
-    step = max(1, STRIP_BYTES // (4 * logits.shape[1] * labels.shape[-1]))
-    for b in range(logits.shape[0]):
-        map_Khw = logits[b].to(dtype).contiguous()
-        for top in range(0, labels.shape[1], step):
-            rows = slice(top, min(top + step, labels.shape[1]))
-            source = source_rows(
-                logits.shape[2], labels.shape[1], rows.start, rows.stop, device=logits.device, dtype=dtype
-            )
-            full_KrW = columns.upsample(_mix(map_Khw, source))
-            labels_rW = labels[b, rows].long()
-            slopes_KrW = _strip_loss(
-                full_KrW,
-                labels_rW,
-                losses_BHW[b, rows],
-                weights_K,
-                ignore_index,
-                label_smoothing,
-            )
-            if with_gradient:
-                _gather_rows(gradient_BKhw[b], columns.gather(slopes_KrW), source)
+    step = max(1, STRIP_BYTES[logits.device.type] // (4 * logits.shape[1] * labels.shape[-1]))
+    with torch.autocast(logits.device.type, enabled=False):
+        for b in range(logits.shape[0]):
+            map_Khw = logits[b].to(dtype).contiguous()
+            for top in range(0, labels.shape[1], step):
+                rows = slice(top, min(top + step, labels.shape[1]))
+                source = source_rows(
+                    logits.shape[2], labels.shape[1], rows.start, rows.stop, device=logits.device, dtype=dtype
+                )
+                full_KrW = columns.upsample(_mix(map_Khw, source))
+                labels_rW = labels[b, rows].long()
+                slopes_KrW = _strip_loss(
+                    full_KrW, labels_rW, losses_BHW[b, rows], class_weights, ignore_index, label_smoothing
+                )
+                if with_gradient:
+                    _gather_rows(gradient_BKhw[b], columns.gather(slopes_KrW), source)
     return losses_BHW.sum(dtype=torch.float64).to(dtype), losses_BHW, gradient_BKhw
 
 
@@ -85,9 +81,10 @@ def _mix(map_Khw: Tensor, source: SourceRows) -> Tensor:
 
 
 def _gather_rows(gradient_Khw: Tensor, slopes_Krw: Tensor, source: SourceRows) -> None:
-    far_weight_r1 = source.far_weight_r[:, None]
-    gradient_Khw.index_add_(1, source.near_r, slopes_Krw * (1 - far_weight_r1))
-    gradient_Khw.index_add_(1, source.far_r, slopes_Krw * far_weight_r1)
+    first, last = int(source.near_r[0]), int(source.far_r[-1]) + 1
+    # By a matrix: adding by index is not deterministic on a GPU.
+    matrix_rs = _tap_matrix(source.shifted(first), last - first)
+    gradient_Khw[:, first:last] += matrix_rs.T @ slopes_Krw
 
 
 def _strip_loss(
@@ -102,7 +99,8 @@ def _strip_loss(
     num_classes = full_KrW.shape[0]
     log_shares_KrW = full_KrW.log_softmax(dim=0)
     valid_rW = labels_rW != ignore_index
-    target_1rW = labels_rW.where(valid_rW, 0).unsqueeze(0)
+    target_rW = labels_rW.where(valid_rW, 0)
+    target_1rW = target_rW.clamp(0, num_classes - 1).unsqueeze(0)
     hit_rW = valid_rW.to(full_KrW.dtype)
     if weights_K is not None:
         hit_rW = hit_rW * weights_K[target_1rW[0]]
@@ -116,10 +114,18 @@ def _strip_loss(
             even_K11 = even_K11 * weights_K[:, None, None]
         losses_rW -= (log_shares_KrW * even_K11).sum(dim=0) * valid_rW
         total_rW = hit_rW + even_K11.sum() * valid_rW
+    losses_rW.masked_fill_(target_rW != target_1rW[0], torch.nan)  # a label that is no class
     slopes_KrW = log_shares_KrW.exp_().mul_(total_rW)
     if even_K11 is not None:
         slopes_KrW -= even_K11 * valid_rW
     return slopes_KrW.scatter_add_(0, target_1rW, -hit_rW.unsqueeze(0))
+
+
+def _tap_matrix(taps: SourceRows, source: int) -> Tensor:
+    """The resize as a matrix, (outputs, source positions)."""
+    matrix = taps.far_weight_r.new_zeros(taps.near_r.shape[0], source)
+    matrix.scatter_add_(1, taps.near_r[:, None], 1 - taps.far_weight_r[:, None])
+    return matrix.scatter_add_(1, taps.far_r[:, None], taps.far_weight_r[:, None])
 
 
 class _Columns:
@@ -129,12 +135,11 @@ class _Columns:
         self.source, self.target = source, target
         # PyTorch finds positions in the data's own precision: exact only if the ratio is a power of two.
         ratio = target / source
-        self.exact = ratio.is_integer() and int(ratio).bit_count() == 1
+        # Its backward on a GPU is not deterministic.
+        self.exact = ratio.is_integer() and int(ratio).bit_count() == 1 and device.type == "cpu"
         if not self.exact:
             taps = source_rows(source, target, 0, target, device=device, dtype=dtype)
-            self.matrix_Ww = torch.zeros(target, source, dtype=dtype, device=device)
-            self.matrix_Ww.scatter_add_(1, taps.near_r[:, None], 1 - taps.far_weight_r[:, None])
-            self.matrix_Ww.scatter_add_(1, taps.far_r[:, None], taps.far_weight_r[:, None])
+            self.matrix_Ww = _tap_matrix(taps, source)
 
     def upsample(self, rows_Krw: Tensor) -> Tensor:
         if not self.exact:
@@ -157,6 +162,8 @@ def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad_sum, grad_losses, grad_gradient):  # type: ignore[no-untyped-def]
+    if torch.is_grad_enabled():
+        raise RuntimeError("the upsampled loss has no second derivatives; use impl `reference`")
     (gradient,) = ctx.saved_tensors
     return (gradient * grad_sum).to(ctx.dtype), None, None, None, None, None
 

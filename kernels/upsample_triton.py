@@ -1,7 +1,7 @@
 """Triton kernels that look at upsampled logits without storing them.
 
 Each program makes its pixels from the four low-resolution neighbours, a block of classes at a time.
-Positions and weights come from tables in memory, made in float64 (see resize.py).
+Positions and weights come from tables in memory, made in float64 (see upsample_launches.py).
 """
 
 import triton
@@ -23,10 +23,14 @@ def upsampled_tile(
     class_stride,
     inside,
 ):
-    """(pixels, classes) float32 of one output row; classes and pixels outside are -inf."""
+    """(pixels, classes) float32 of one output row; classes and pixels outside are -inf.
+
+    logits points to the first of the classes, which count from 0: offsets within a tile stay small.
+    """
     near_places = near_columns[:, None] * column_stride + classes[None, :] * class_stride
     far_places = far_columns[:, None] * column_stride + classes[None, :] * class_stride
-    upper, lower = logits + near_row * row_stride, logits + far_row * row_stride
+    upper = logits + near_row.to(tl.int64) * row_stride
+    lower = logits + far_row.to(tl.int64) * row_stride
     upper_near = tl.load(upper + near_places, mask=inside, other=0.0).to(tl.float32)
     upper_far = tl.load(upper + far_places, mask=inside, other=0.0).to(tl.float32)
     lower_near = tl.load(lower + near_places, mask=inside, other=0.0).to(tl.float32)
@@ -44,6 +48,7 @@ def upsampled_loss(
     logits,
     labels,
     class_weights,
+    weight_sum,
     near_rows,
     far_rows,
     row_weights,
@@ -61,7 +66,6 @@ def upsampled_loss(
     column_stride,
     ignore_index,
     smoothing,
-    weight_sum,
     WEIGHTED: tl.constexpr,
     SMOOTHED: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
@@ -73,7 +77,7 @@ def upsampled_loss(
     columns = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
     exists = columns < width
     place = (batch * height + row) * width + columns
-    label = tl.load(labels + place, mask=exists, other=ignore_index).to(tl.int32)
+    label = tl.load(labels + place, mask=exists, other=ignore_index).to(tl.int64)
     near_row, far_row = tl.load(near_rows + row), tl.load(far_rows + row)
     row_weight = tl.load(row_weights + row)
     near_column = tl.load(near_columns + columns, mask=exists, other=0)
@@ -85,8 +89,9 @@ def upsampled_loss(
     weight = tl.zeros([BLOCK_PIXELS], tl.float32)
     picked = tl.zeros([BLOCK_PIXELS], tl.float32)
     spread = tl.zeros([BLOCK_PIXELS], tl.float32)
+    block = tl.arange(0, BLOCK_CLASSES)
     for start in tl.range(0, num_classes, BLOCK_CLASSES):
-        classes = start + tl.arange(0, BLOCK_CLASSES)
+        classes = start + block
         inside = exists[:, None] & (classes < num_classes)[None, :]
         values = upsampled_tile(
             logits,
@@ -96,12 +101,13 @@ def upsampled_loss(
             near_column,
             far_column,
             column_weight,
-            classes,
+            block,
             row_stride,
             column_stride,
             class_stride,
             inside,
         )
+        logits += BLOCK_CLASSES * class_stride
         risen = tl.maximum(highest, tl.max(values, 1))
         risen = tl.where(exists, risen, 0.0)
         weight = weight * tl.exp(highest - risen) + tl.sum(tl.exp(values - risen[:, None]), 1)
@@ -122,7 +128,10 @@ def upsampled_loss(
     if WEIGHTED:
         loss *= tl.load(class_weights + label, mask=exists & known, other=0.0)
     if SMOOTHED:
-        loss = (1.0 - smoothing) * loss + smoothing / num_classes * (weight_sum * total - spread)
+        mass = num_classes
+        if WEIGHTED:
+            mass = tl.load(weight_sum)
+        loss = (1.0 - smoothing) * loss + smoothing / num_classes * (mass * total - spread)
     loss = tl.where(known, loss, float("nan"))
     tl.store(losses + place, tl.where(ignored, 0.0, loss), mask=exists)
 
@@ -132,6 +141,7 @@ def upsampled_loss_gradient(
     logits,
     labels,
     class_weights,
+    weight_sum,
     near_rows,
     far_rows,
     row_weights,
@@ -154,9 +164,12 @@ def upsampled_loss_gradient(
     class_stride,
     row_stride,
     column_stride,
+    grad_batch_stride,
+    grad_class_stride,
+    grad_row_stride,
+    grad_column_stride,
     ignore_index,
     smoothing,
-    weight_sum,
     WEIGHTED: tl.constexpr,
     SMOOTHED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -168,15 +181,20 @@ def upsampled_loss_gradient(
     own_row = tl.program_id(1)
     class_blocks = tl.cdiv(num_classes, BLOCK_CLASSES)
     batch = (tl.program_id(2) // class_blocks).to(tl.int64)
-    classes = tl.program_id(2) % class_blocks * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
+    first_class = tl.program_id(2) % class_blocks * BLOCK_CLASSES
+    block = tl.arange(0, BLOCK_CLASSES)
+    classes = first_class + block
     first = tl.program_id(0) * BLOCK_COLUMNS
     own = first + tl.arange(0, BLOCK_COLUMNS)
-    logits += batch * batch_stride
-    grad_logits += batch * batch_stride
+    logits += batch * batch_stride + first_class.to(tl.int64) * class_stride
+    grad_logits += batch * grad_batch_stride + first_class.to(tl.int64) * grad_class_stride
+    grad_logits += own_row.to(tl.int64) * grad_row_stride
     known = classes < num_classes
     shares = tl.full([BLOCK_CLASSES], 1.0, tl.float32)
+    mass = num_classes
     if WEIGHTED:
         shares = tl.load(class_weights + classes, mask=known, other=0.0)
+        mass = tl.load(weight_sum)
 
     total = tl.zeros([BLOCK_COLUMNS, BLOCK_CLASSES], tl.float32)
     left = tl.load(first_columns + first)
@@ -190,7 +208,7 @@ def upsampled_loss_gradient(
             columns = start + tl.arange(0, BLOCK_PIXELS)
             exists = columns < right
             place = (batch * height + row) * width + columns
-            label = tl.load(labels + place, mask=exists, other=ignore_index).to(tl.int32)
+            label = tl.load(labels + place, mask=exists, other=ignore_index).to(tl.int64)
             near_column = tl.load(near_columns + columns, mask=exists, other=0)
             far_column = tl.load(far_columns + columns, mask=exists, other=0)
             column_weight = tl.load(column_weights + columns, mask=exists, other=0.0)
@@ -202,7 +220,7 @@ def upsampled_loss_gradient(
                 near_column,
                 far_column,
                 column_weight,
-                classes,
+                block,
                 row_stride,
                 column_stride,
                 class_stride,
@@ -218,7 +236,7 @@ def upsampled_loss_gradient(
             hit = classes[None, :] == label[:, None]
             slopes = weight[:, None] * (probabilities - tl.where(hit, 1.0, 0.0))
             if SMOOTHED:
-                even = weight_sum * probabilities - shares[None, :]
+                even = mass * probabilities - shares[None, :]
                 slopes = (1.0 - smoothing) * slopes + smoothing / num_classes * tl.where(
                     valid[:, None], even, 0.0
                 )
@@ -227,7 +245,7 @@ def upsampled_loss_gradient(
             tent = tl.where(exists[None, :], (near_share + far_share) * share_of_row, 0.0)
             total = tl.dot(tent, slopes, total, input_precision=PRECISION)
 
-    places = own_row * row_stride + own[:, None] * column_stride + classes[None, :] * class_stride
+    places = own[:, None] * grad_column_stride + block[None, :] * grad_class_stride
     total *= tl.load(factor)
     inside = (own < map_width)[:, None] & known[None, :]
     tl.store(grad_logits + places, total.to(grad_logits.dtype.element_ty), mask=inside)
@@ -270,8 +288,9 @@ def upsampled_argmax(
     highest = tl.full([BLOCK_PIXELS], -float("inf"), tl.float32)
     winner = tl.zeros([BLOCK_PIXELS], tl.int32)
     weight = tl.zeros([BLOCK_PIXELS], tl.float32)
+    block = tl.arange(0, BLOCK_CLASSES)
     for start in tl.range(0, num_classes, BLOCK_CLASSES):
-        classes = start + tl.arange(0, BLOCK_CLASSES)
+        classes = start + block
         inside = exists[:, None] & (classes < num_classes)[None, :]
         values = upsampled_tile(
             logits,
@@ -281,12 +300,13 @@ def upsampled_argmax(
             near_column,
             far_column,
             column_weight,
-            classes,
+            block,
             row_stride,
             column_stride,
             class_stride,
             inside,
         )
+        logits += BLOCK_CLASSES * class_stride
         best = tl.max(values, 1)
         index = start + tl.argmax(values, 1, tie_break_left=True)
         winner = tl.where(best > highest, index.to(tl.int32), winner)

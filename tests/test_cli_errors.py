@@ -350,7 +350,7 @@ def test_ctrl_c_at_any_moment_is_one_line(data, checkpoint, tmp_path, monkeypatc
     def interrupted(*_arguments, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(predict, "predict_strips", interrupted)
+    monkeypatch.setattr(predict, "strips", interrupted)
     assert refusal("predict", checkpoint, data / "images/val", "--out", tmp_path / "out", code=1) == (
         "stopped by Ctrl-C; files that were being written are left out"
     )

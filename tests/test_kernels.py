@@ -79,7 +79,8 @@ def test_attention_accepts_strided_inputs_and_keeps_batch_items_apart():
         ([(1, 2, 4), (1, 3, 4), (1, 2, 4)], "3 keys and 2 values"),
         ([(1, 2, 4), (2, 3, 4), (1, 3, 4)], "batches 1, 2, 1"),
         ([(2, 4), (1, 3, 4), (1, 3, 4)], r"expected \(B,N,D\)"),
-        ([(1, 2, 4), (1, 0, 4), (1, 0, 4)], "no keys"),
+        ([(1, 2, 4), (1, 0, 4), (1, 0, 4)], "0 keys, 4 wide; attention needs"),
+        ([(1, 2, 0), (1, 3, 0), (1, 3, 4)], "3 keys, 0 wide; attention needs"),
     ],
 )
 def test_attention_says_which_shapes_disagree(shapes, message):

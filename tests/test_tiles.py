@@ -89,10 +89,10 @@ def measured(monkeypatch, tmp_path):
     )
     (tmp_path / "nvidia_h200.json").write_text(json.dumps(table))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    tiles.read_tiles.cache_clear()
+    tiles.forget_tables()
     impl_module._recorded_faster.cache_clear()
     yield tmp_path
-    tiles.read_tiles.cache_clear()
+    tiles.forget_tables()
     impl_module._recorded_faster.cache_clear()
 
 
@@ -107,6 +107,7 @@ def test_a_measured_tile_comes_before_the_default_one_and_the_users_before_ours(
     (own / "nvidia_h200.json").write_text(
         json.dumps({"tiles": {"attention_forward": {"256x160": {"2": [64, 64, 4, 2]}}}})
     )
+    tiles.forget_tables()
     assert choose_tile("attention_forward", 256, 160, 2, GPU) == Tile(64, 64, 4, 2)
 
 
@@ -158,6 +159,7 @@ def test_auto_says_that_nothing_was_measured(measured, monkeypatch):
 
 def test_a_damaged_tile_file_is_named(measured):
     (measured / "nvidia_h200.json").write_text("{")
+    tiles.forget_tables()
     with pytest.raises(ValueError, match=r"nvidia_h200.json is not valid JSON .*delete it"):
         choose_tile("attention_forward", 256, 160, 2, GPU)
 

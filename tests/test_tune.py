@@ -24,8 +24,8 @@ from segdeformer.kernels.tiles import (
     backward_form,
     choose_tile,
     default_tile,
+    forget_tables,
     measured_choices,
-    read_tiles,
 )
 from segdeformer.kernels.tune import OutOfTime, Settled, Sizes, Tried, tune
 from segdeformer.kernels.tune_candidates import candidate_tiles, needs
@@ -134,7 +134,7 @@ def test_what_was_measured_is_what_runs(tmp_path, monkeypatch):
     assert form in ("fused", "chunks")
     on_gpu = SimpleNamespace(shape=(1, 48, 32), device=gpu, element_size=lambda: 2)
     assert backward_form(on_gpu, on_gpu) == form
-    read_tiles.cache_clear()
+    forget_tables()
 
 
 def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, monkeypatch):

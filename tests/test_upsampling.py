@@ -216,3 +216,67 @@ def test_shapes_that_do_not_belong_together_are_named():
         upsample_cross_entropy(logits[:1], labels, average="mean")
     with pytest.raises(ValueError, match=r"expected \(B,K,h,w\)"):
         upsample_argmax(logits[0], (8, 8))
+
+
+@pytest.mark.parametrize("impl", ["triton", "auto", "reference"])
+@pytest.mark.parametrize("hard", [None, HardPixels(0.9, 50)])
+def test_unsigned_labels_and_a_negative_ignored_id_do_not_wrap_around(impl, hard):
+    logits, labels = made(1, 171, 4, 5), made_labels(171, 1, (17, 22), ignored=0.0)
+    labels[0, :3] = 156  # what -100 is in eight bits
+    options = {"ignore_index": -100, "hard_pixels": hard}
+    wide = upsample_cross_entropy(logits, labels, impl="reference", **options)
+    narrow = upsample_cross_entropy(logits, labels.to(torch.uint8), impl=impl, **options)
+    torch.testing.assert_close(narrow, wide, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["triton", "auto", "reference"])
+def test_class_weights_are_summed_in_float32_and_must_be_one_each(impl):
+    logits, labels = made(1, 5, 64, 64), made_labels(5, 1, (512, 512), ignored=0.0)
+    weights = torch.linspace(0.5, 2.0, 5, device=DEVICE)
+    if impl == "triton":
+        logits, labels = logits[:, :, :8, :8], labels[:, :32, :32]  # the interpreter is slow
+    expected = upsample_cross_entropy(logits, labels, class_weights_K=weights.double(), impl="reference")
+    loss = upsample_cross_entropy(logits, labels, class_weights_K=weights.half(), impl=impl)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)  # what the weights lost in float16
+    for wrong in (torch.ones(4), torch.ones(6), torch.ones(1, 5)):
+        with pytest.raises(ValueError, match=r"class weights are .*; expected \(5,\)"):
+            upsample_cross_entropy(logits, labels, class_weights_K=wrong, impl=impl)
+    with pytest.raises(ValueError, match=r"label_smoothing is -1\.0; expected 0 to 1"):
+        upsample_cross_entropy(logits, labels, label_smoothing=-1.0, impl=impl)
+
+
+def test_autocast_does_not_reach_into_the_strips():
+    logits, labels = made(1, 19, 5, 7).requires_grad_(), made_labels(19, 1, (17, 29))
+    upsample_cross_entropy(logits, labels).backward()
+    expected, logits.grad = logits.grad, None
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        upsample_cross_entropy(logits, labels).backward()
+    assert torch.equal(logits.grad, expected)
+
+
+@pytest.mark.parametrize("impl", ["triton", "auto"])
+def test_second_derivatives_are_refused_not_zero(impl):
+    logits, labels = made(1, 5, 3, 3).requires_grad_(), made_labels(5, 1, (9, 9))
+
+    def twice():
+        loss = upsample_cross_entropy(logits, labels, impl=impl)
+        (first,) = torch.autograd.grad(loss, logits, create_graph=True)
+        first.square().sum().backward()
+
+    with pytest.raises(RuntimeError, match=r"second derivatives|autograd formula|not require grad|Autograd"):
+        twice()
+
+
+@pytest.mark.parametrize("impl", ["triton", "auto"])
+def test_logits_may_be_a_slice_of_something_larger(impl):
+    whole = made(2, 4, 5, 23).permute(0, 3, 1, 2)
+    labels = made_labels(19, 2, (17, 22))
+    gradients = []
+    for logits in (whole[:, 2:21], whole[:, 2:21].contiguous()):
+        leaf = logits.detach().requires_grad_()
+        upsample_cross_entropy(leaf, labels, impl=impl).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+    ids = [upsample_argmax(x, (17, 22), impl=impl).ids_BHW for x in (whole[:, 2:21], leaf)]
+    assert torch.equal(*ids)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from segdeformer.config import Recipe, recipe_toml
+from segdeformer.config import IGNORE_INDEX, Recipe, recipe_toml
 from segdeformer.data.datasets import Dataset
 from segdeformer.data.loader import Batch, training_batches
 from segdeformer.engine.checkpoint import (
@@ -43,6 +43,7 @@ from segdeformer.engine.runlog import RunLog
 from segdeformer.errors import UserError
 from segdeformer.files import write_text
 from segdeformer.kernels.impl import Impl
+from segdeformer.kernels.upsample_cross_entropy import check_labels
 from segdeformer.models.segmenter import Segmenter, build_model
 
 LOG_EVERY = 10
@@ -242,6 +243,8 @@ def _step(run: Run, batch: Batch, class_weights_K: torch.Tensor | None) -> Losse
     with explained_shortage("use a smaller --batch or augment.crop"):
         try:
             output = run.model(images_B3HW)
+        except UserError:
+            raise
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -251,6 +254,8 @@ def _step(run: Run, batch: Batch, class_weights_K: torch.Tensor | None) -> Losse
             ) from None
         try:
             losses = training_losses(output, labels_BHW, run.recipe.train, class_weights_K, impl=run.impl)
+        except UserError:
+            raise
         except ValueError as error:
             raise UserError(f"{error}; one of {', '.join(batch.names)}") from None
         run.optimizer.zero_grad(set_to_none=True)
@@ -273,6 +278,10 @@ def _step_seed(seed: int, iteration: int) -> int:
 def _check_finite(run: Run, batch: Batch, losses: Losses) -> None:
     total = losses.total.item()
     if not math.isfinite(total):
+        try:
+            check_labels(batch.labels_BHW, run.recipe.model.num_classes, IGNORE_INDEX)
+        except ValueError as error:
+            raise UserError(f"{error}; one of {', '.join(batch.names)}") from None
         raise UserError(
             f"the loss is {total} at iteration {run.iteration} (batch of {', '.join(batch.names[:4])}, ...); "
             "start anew with a lower train.learning_rate"
