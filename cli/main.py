@@ -9,6 +9,7 @@ import typer
 
 from segdeformer import __version__
 from segdeformer.cli.bench import bench_command
+from segdeformer.cli.data import data_app
 from segdeformer.cli.eval import eval_command
 from segdeformer.cli.predict import predict_command
 from segdeformer.cli.recipes import recipes_command
@@ -30,6 +31,7 @@ app.command("eval")(eval_command)
 app.command("predict")(predict_command)
 app.command("recipes")(recipes_command)
 app.command("bench")(bench_command)
+app.add_typer(data_app, name="data")
 
 
 def _print_version(wanted: bool) -> None:

@@ -6,7 +6,6 @@ A data set is opened by one plain function from its folder and split. H height, 
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from segdeformer.config import IGNORE_INDEX, DataConfig, DataName
 from segdeformer.data.classes import CLASS_TABLES, ClassTable, load_classes
+from segdeformer.data.folders import Layout, Pair, list_files, pair_files
 from segdeformer.data.images import read_image, read_labels
 from segdeformer.errors import UsageError, UserError
 
@@ -46,14 +46,6 @@ class Dataset(Protocol):
     def read(self, index: int) -> Sample: ...
 
 
-class Pair(NamedTuple):
-    """An image file and its label file. `name` is the path below the split's folder, without the ending."""
-
-    name: str
-    image: Path
-    labels: Path
-
-
 @dataclass(frozen=True, kw_only=True)
 class FileDataset:
     """Images and label maps in files, in the order of their names."""
@@ -71,14 +63,18 @@ class FileDataset:
         """Raises `UserError` when a file is unreadable, the sizes differ or the labels hold an unknown id."""
         pair = self.pairs[index]
         image_HW3, labels_HW = read_image(pair.image), read_labels(pair.labels)
-        if image_HW3.shape[:2] != labels_HW.shape:
-            (height, width), (label_height, label_width) = image_HW3.shape[:2], labels_HW.shape
-            turned = (height, width) == (label_width, label_height)
-            raise UserError(
-                f"{pair.image} is {width}x{height} px but {pair.labels} is {label_width}x{label_height} px; "
-                + ("turn the labels as the image's EXIF says" if turned else "every pixel needs its label")
-            )
+        check_same_size(pair, image_HW3.shape[:2], labels_HW.shape)
         return Sample(image_HW3, map_labels(labels_HW, self.label_map, pair.labels), pair.name)
+
+
+def check_same_size(pair: Pair, image_hw: tuple[int, ...], labels_hw: tuple[int, ...]) -> None:
+    if image_hw != labels_hw:
+        (height, width), (label_height, label_width) = image_hw, labels_hw
+        turned = (height, width) == (label_width, label_height)
+        raise UserError(
+            f"{pair.image} is {width}x{height} px but {pair.labels} is {label_width}x{label_height} px; "
+            + ("turn the labels as the image's EXIF says" if turned else "every pixel needs its label")
+        )
 
 
 def map_labels(labels_HW: np.ndarray, label_map: LabelMap, path: Path) -> np.ndarray:
@@ -133,17 +129,54 @@ COCO_STUFF_MAP: LabelMap = {IGNORE_INDEX: IGNORE_INDEX} | {
 }
 
 
+class Source(NamedTuple):
+    """Where a split's files lie, and what the ids in them mean."""
+
+    layout: Layout
+    classes: Path
+    label_map: LabelMap | None  # None: the ids are those of the classes
+
+
 def open_dataset(config: DataConfig, split: Literal["train", "val"]) -> Dataset:
     """Find the files of a split; nothing is decoded yet.
 
     Raises `UserError` when folders, files or partners are missing, `UsageError` when there is no root.
     """
-    if not config.root and config.name not in BUILT_IN:
+    folder = split_name(config, split)
+    if config.name == "landcover":
+        from segdeformer.data.built_in import LandcoverDataset
+
+        return LandcoverDataset(folder)
+    if config.name == "synthetic":
+        from segdeformer.data.built_in import SyntheticDataset
+
+        return SyntheticDataset(folder)
+    source = find_source(config, split)
+    pairs = pair_files(source.layout)
+    classes, label_map = load_meaning(source)
+    return FileDataset(name=config.name, split=folder, classes=classes, pairs=pairs, label_map=label_map)
+
+
+def split_name(config: DataConfig, split: Literal["train", "val"]) -> str:
+    return config.train_split if split == "train" else config.val_split
+
+
+def find_source(config: DataConfig, split: Literal["train", "val"]) -> Source:
+    """The folders of a split of any data set that lies in files."""
+    if not config.root:
         raise UsageError(f"data `{config.name}` needs a folder: `data.root`, or --data {config.name}:FOLDER")
-    folder = config.train_split if split == "train" else config.val_split
+    root, folder = Path(config.root), split_name(config, split)
     if config.name == "folder":
-        return _folder(Path(config.root), folder, Path(config.classes) if config.classes else None)
-    return _OPEN[config.name](Path(config.root), folder)
+        layout = Layout(root, f"images/{folder}", IMAGE_ENDINGS, f"labels/{folder}", (".png",))
+        return Source(layout, Path(config.classes) if config.classes else root / "classes.toml", None)
+    layout, label_map = _PUBLISHED[config.name](root, folder)
+    return Source(layout, CLASS_TABLES / f"{config.name}.toml", label_map)
+
+
+def load_meaning(source: Source) -> tuple[ClassTable, LabelMap]:
+    """The classes of a source, and the class of every id in its files."""
+    classes = load_classes(source.classes)
+    return classes, source.label_map or identity_map(len(classes.names))
 
 
 def parse_data_spec(text: str) -> DataConfig:
@@ -164,105 +197,31 @@ def parse_data_spec(text: str) -> DataConfig:
     raise UsageError(f"--data {text}: neither a data set nor a folder; {remedy}")
 
 
-def _folder(root: Path, split: str, classes_file: Path | None) -> FileDataset:
-    pairs = _pair(root, f"images/{split}", IMAGE_ENDINGS, f"labels/{split}", (".png",))
-    classes = load_classes(classes_file or root / "classes.toml")
-    return FileDataset(
-        name="folder", split=split, classes=classes, pairs=pairs, label_map=identity_map(len(classes.names))
-    )
-
-
-def _ade20k(root: Path, split: str) -> FileDataset:
+def _ade20k(root: Path, split: str) -> tuple[Layout, LabelMap]:
     folder = {"train": "training", "val": "validation"}.get(split, split)
-    pairs = _pair(root, f"images/{folder}", (".jpg",), f"annotations/{folder}", (".png",))
-    return _published("ade20k", split, pairs, ADE20K_MAP)
+    return Layout(root, f"images/{folder}", (".jpg",), f"annotations/{folder}", (".png",)), ADE20K_MAP
 
 
-def _cityscapes(root: Path, split: str) -> FileDataset:
+def _cityscapes(root: Path, split: str) -> tuple[Layout, LabelMap]:
     images, labels = f"leftImg8bit/{split}", f"gtFine/{split}"
-    if _files(root / labels, ("_gtFine_labelTrainIds.png",)):
+    if list_files(root / labels, ("_gtFine_labelTrainIds.png",)).found:
         ending, label_map = "_gtFine_labelTrainIds.png", identity_map(19)
     else:
         ending, label_map = "_gtFine_labelIds.png", CITYSCAPES_MAP
-    pairs = _pair(root, images, ("_leftImg8bit.png",), labels, (ending,))
-    return _published("cityscapes", split, pairs, label_map)
+    return Layout(root, images, ("_leftImg8bit.png",), labels, (ending,)), label_map
 
 
-def _coco_stuff(root: Path, split: str) -> FileDataset:
+def _coco_stuff(root: Path, split: str) -> tuple[Layout, LabelMap]:
     images, labels = f"images/{split}2017", f"annotations/{split}2017"
-    if _files(root / labels, ("_labelTrainIds.png",)):
+    if list_files(root / labels, ("_labelTrainIds.png",)).found:
         ending, label_map = "_labelTrainIds.png", identity_map(171)
     else:
         ending, label_map = ".png", COCO_STUFF_MAP
-    pairs = _pair(root, images, (".jpg",), labels, (ending,))
-    return _published("coco_stuff", split, pairs, label_map)
+    return Layout(root, images, (".jpg",), labels, (ending,)), label_map
 
 
-def _published(name: DataName, split: str, pairs: tuple[Pair, ...], label_map: LabelMap) -> FileDataset:
-    classes = load_classes(CLASS_TABLES / f"{name}.toml")
-    return FileDataset(name=name, split=split, classes=classes, pairs=pairs, label_map=label_map)
-
-
-def _landcover(_root: Path, split: str) -> Dataset:
-    from segdeformer.data.built_in import LandcoverDataset
-
-    return LandcoverDataset(split)
-
-
-def _synthetic(_root: Path, split: str) -> Dataset:
-    from segdeformer.data.built_in import SyntheticDataset
-
-    return SyntheticDataset(split)
-
-
-# All but `folder`, whose classes are the user's.
-_OPEN: dict[DataName, Callable[[Path, str], Dataset]] = {
-    "landcover": _landcover,
-    "synthetic": _synthetic,
+_PUBLISHED: dict[DataName, Callable[[Path, str], tuple[Layout, LabelMap]]] = {
     "ade20k": _ade20k,
     "cityscapes": _cityscapes,
     "coco_stuff": _coco_stuff,
 }
-
-
-def _pair(
-    root: Path,
-    image_folder: str,
-    image_endings: tuple[str, ...],
-    label_folder: str,
-    label_endings: tuple[str, ...],
-) -> tuple[Pair, ...]:
-    """Every image with its label map: same path below the two folders, but for the endings."""
-    for folder in (root, root / image_folder, root / label_folder):
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; expected {image_folder} and {label_folder} in {root}")
-    images, labels = _files(root / image_folder, image_endings), _files(root / label_folder, label_endings)
-    if not images:
-        raise UserError(f"{root / image_folder}: no images there (*{', *'.join(image_endings)})")
-    if lonely := sorted(images.keys() - labels.keys()):
-        wanted = root / label_folder / f"{lonely[0]}{label_endings[0]}"
-        raise UserError(
-            f"{images[lonely[0]]} has no label map {wanted} ({len(lonely)} of {len(images)} images have none)"
-        )
-    if lonely := sorted(labels.keys() - images.keys()):
-        raise UserError(
-            f"{labels[lonely[0]]} has no image in {root / image_folder} "
-            f"({len(lonely)} of {len(labels)} label maps have none); remove it or add the image"
-        )
-    return tuple(Pair(name, images[name], labels[name]) for name in sorted(images))
-
-
-def _files(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
-    """Files below the folder by relative path without the ending; hidden files are left out."""
-    found: dict[str, Path] = {}
-    for parent, _, names in os.walk(folder, followlinks=True):
-        for name in sorted(names):
-            ending = next((ending for ending in endings if name.lower().endswith(ending.lower())), None)
-            if ending is None or name.startswith("."):
-                continue
-            path = Path(parent, name)
-            key = path.relative_to(folder).as_posix()[: -len(ending)]
-            if key in found:
-                raise UserError(f"{found[key]} and {path} differ in their endings only; keep one of them")
-            found[key] = path
-    return found

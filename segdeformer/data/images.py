@@ -27,6 +27,10 @@ PNG_PALETTE, PNG_GREY = b"\x03", b"\x00"  # colour types
 JPEG_START, JPEG_SCAN, JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
 
 
+class NotIdsError(UserError):
+    """A readable picture stands where a label map should be."""
+
+
 def read_image(path: Path) -> np.ndarray:
     """Read any image as (H, W, 3) uint8 RGB, turned as its EXIF orientation says.
 
@@ -59,12 +63,12 @@ def read_labels(path: Path) -> np.ndarray:
         pixels //= 255 // (2**bits - 1)  # OpenCV stretches 1, 2 and 4 bits to the range of 8
     if pixels.ndim == 3:
         if not (pixels[:, :, :3] == pixels[:, :, :1]).all():
-            raise UserError(
+            raise NotIdsError(
                 f"{path}: colours where class ids should be; save one id per pixel (8-bit grey PNG)"
             )
         pixels = pixels[:, :, 0]
     if pixels.dtype.kind == "f":
-        raise UserError(f"{path}: label ids are {pixels.dtype}; save them as integers (8-bit grey PNG)")
+        raise NotIdsError(f"{path}: label ids are {pixels.dtype}; save them as integers (8-bit grey PNG)")
     return pixels
 
 

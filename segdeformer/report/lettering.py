@@ -33,6 +33,7 @@ def _glyphs(text: str, size_px: int, bold: bool) -> np.ndarray:
     """Coverage in [0, 1] of a line of text, float32; the baseline is `size_px` below the top."""
     if not text:
         return np.zeros((1, 0), np.float32)
+    text = text.encode("utf-8", "replace").decode()  # OpenCV crashes on what is no text in a file's name
     finer, font = 3, _font()
     size, weight = finer * size_px, 600 if bold else 400
     height = finer * math.ceil(1.4 * size_px)

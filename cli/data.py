@@ -1,0 +1,113 @@
+"""`segdeformer data`: check a data set, and prepare published ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from segdeformer.cli.errors import one_line_errors
+from segdeformer.cli.options import ClassesFile
+
+data_app = typer.Typer(help="Check a data set, or prepare a published one.", no_args_is_help=True)
+
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Threads that read; default: one for every core, at most 16.")
+]
+
+
+@data_app.command("check")
+@one_line_errors
+def check_command(
+    data: Annotated[
+        str, typer.Argument(help="landcover, NAME:FOLDER or a folder of your own images and labels.")
+    ],
+    classes: ClassesFile = None,
+    train: Annotated[str, typer.Option(help="The training split's folder name.")] = "train",
+    val: Annotated[str, typer.Option(help="The validation split's folder name.")] = "val",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write findings with all file names and the numbers here.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw some samples under their labels here (PNG).")
+    ] = None,
+    workers: Workers = None,
+) -> None:
+    """Read every pair and say what would spoil training: exit code 1 if anything would."""
+    from rich.progress import track
+
+    from segdeformer.cli.show import make_console
+    from segdeformer.cli.show_checkup import show_checkup
+    from segdeformer.data.datasets import parse_data_spec
+    from segdeformer.data.doctor import Doctor
+    from segdeformer.data.parallel import default_workers
+    from segdeformer.errors import UserError
+    from segdeformer.report.checkup import write_checkup, write_overlays
+
+    config = parse_data_spec(data).model_copy(update={"train_split": train, "val_split": val})
+    if classes is not None:
+        config = config.model_copy(update={"classes": str(classes.resolve())})
+    console = make_console()
+    doctor = Doctor(config)
+    exams = doctor.examine(workers=workers or default_workers())
+    ticking = track(
+        exams, "pairs", total=len(doctor), console=console, transient=True, disable=not console.is_terminal
+    )
+    for _ in ticking:
+        pass
+    checkup = doctor.checkup()
+    if json_file is not None:
+        write_checkup(json_file, checkup)
+    if picture is not None:
+        write_overlays(picture, doctor.samples(), checkup)
+    show_checkup(console, checkup)
+    for kind, path in (("report", json_file), ("picture", picture)):
+        if path is not None:
+            console.print(f"{kind}: {path}")
+    errors = sum(found.level == "error" for found in checkup.findings)
+    if errors:
+        raise UserError(f"{errors} {'kind' if errors == 1 else 'kinds'} of fault would spoil training")
+
+
+@data_app.command("prepare")
+@one_line_errors
+def prepare_command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="ade20k, cityscapes or coco_stuff.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Where its archives are unpacked.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="DST", help="The folder to make: images/, labels/, classes.toml.")
+    ],
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy the images; otherwise they are linked to.")
+    ] = False,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Accept fewer images than were published.")
+    ] = False,
+    workers: Workers = None,
+) -> None:
+    """Make label maps of class ids from a published data set; run again, it goes on where it was stopped."""
+    from rich.progress import track
+
+    from segdeformer.cli.show import make_console
+    from segdeformer.data.parallel import default_workers
+    from segdeformer.data.prepare import Preparation
+
+    console = make_console()
+    preparation = Preparation(name, source.expanduser(), target.expanduser(), copy=copy)
+    made = preparation.run(workers=workers or default_workers())
+    ticking = track(
+        made,
+        "pairs",
+        total=len(preparation),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    for _ in ticking:
+        pass
+    for line in preparation.counts():
+        console.print(line)
+    preparation.check_counts(partial=partial)
+    console.print(f"{target} is ready; look at it with: segdeformer data check {target}")
+    console.print(f"train on it with: segdeformer train {preparation.recipe} --data {target}")

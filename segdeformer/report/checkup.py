@@ -1,0 +1,61 @@
+"""What the data doctor found, as JSON, and a picture of samples under their labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from segdeformer import __version__
+from segdeformer.data.datasets import Sample
+from segdeformer.data.doctor import Checkup, SplitSummary
+from segdeformer.data.images import write_png
+from segdeformer.data.statistics import WEIGHT_RULE
+from segdeformer.errors import UserError
+from segdeformer.files import write_text
+from segdeformer.report.overlays import Labelled, overlay_page
+
+
+def write_checkup(path: Path, checkup: Checkup) -> None:
+    """Findings with all their files, counts by class, and the numbers for a recipe."""
+    scale = checkup.color_scale
+    report = {
+        "segdeformer": __version__,
+        "data": checkup.config.model_dump(mode="json", exclude={"mean", "std"}),
+        "spoils_training": checkup.spoils_training,
+        "findings": [
+            {**found._asdict(), "count": len(found.files), "files": list(found.files)}
+            for found in checkup.findings
+        ],
+        "classes": list(checkup.classes.names),
+        "splits": {split: _split(summary) for split, summary in checkup.splits.items()},
+        "recipe": {
+            "mean": scale and list(scale.mean),
+            "std": scale and list(scale.std),
+            "class_weights": list(checkup.class_weights),
+            "class_weights_rule": WEIGHT_RULE,
+        },
+    }
+    write_text(path, json.dumps(report, indent=2) + "\n")
+
+
+def _split(summary: SplitSummary) -> dict[str, Any]:
+    histogram = summary.histogram
+    return {
+        "name": summary.name,
+        "pairs": summary.num_pairs,
+        "pixels_by_class": histogram.pixels_K.tolist(),
+        "images_by_class": histogram.images_K.tolist(),
+        "ignored_pixels": histogram.ignored,
+    }
+
+
+def write_overlays(path: Path, samples: Iterable[tuple[str, Sample]], checkup: Checkup) -> None:
+    """Draw the samples into a PNG file."""
+    shown = [Labelled(f"{split}: {sample.name}", *sample[:2]) for split, sample in samples]
+    if not shown:
+        raise UserError(f"{path}: no pair can be drawn; mend the errors above first")
+    counts = ", ".join(f"{summary.num_pairs:,} {split}" for split, summary in checkup.splits.items())
+    headline = f"{checkup.config.name}: {counts} pairs; where labels are ignored, the plain image shows"
+    write_png(path, overlay_page(shown, checkup.classes, headline))
