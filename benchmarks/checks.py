@@ -2,27 +2,29 @@
 
     python -m benchmarks.checks [--seconds 100] [--out FOLDER] [--interpret]
 
-A result may be off by twice the error of the textbook form in the same dtype, plus 16 epsilons times the
-largest exact value or 1. Groups of cases run in several processes, because most of the time is compiling.
+An attention may be off by twice the error of the textbook form in the same dtype, plus 16 epsilons times the
+largest exact value or 1; `check_upsampling` says what the operations on upsampled logits may be. Groups of
+cases run in several processes, because most of the time is compiling.
 B batch, N queries, M keys, D key width, E value width, K classes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import multiprocessing
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.check_upsampling import UpsamplingGroup, upsampling_cases, upsampling_groups
 from benchmarks.machine import Machine, section_arguments, short, this_machine
+from benchmarks.poison import poisoned_memory
 from benchmarks.records import open_records
 from segdeformer.kernels.attention import attention, attention_reference
 from segdeformer.kernels.clock import synchronize
@@ -68,7 +70,7 @@ class Group(NamedTuple):
 
 
 def groups(machine: Machine) -> Iterator[Group]:
-    """All of them, the decoder's own widths first."""
+    """All attentions, the decoder's own widths first."""
     external = tuple((n, n) for n in EXTERNAL_SIZES)
     more_external = tuple((n, n) for n in MORE_EXTERNAL_SIZES)
     pairs = itertools.zip_longest(CLASSES, WIDTHS)
@@ -86,22 +88,31 @@ def smaller(group: Group) -> Group:
     return group._replace(sizes=((17, 17),) if group.operation == "external" else ((17, 33),))
 
 
-def run_group(group: Group) -> tuple[str, dict[str, Any]]:
+def attention_cases(group: Group, machine: Machine) -> Iterator[tuple[str, Callable[[], float]]]:
+    """Names, and what gives the share of its allowance that a case takes."""
+    cases = ["plain", "strided", "large logits"]
+    if machine.is_rehearsal and group.dtype == torch.float32:
+        # NumPy's products k q and q k differ by several roundings: its backward misses its forward's lse.
+        cases.remove("large logits")
+    for (n, m), case in itertools.product(group.sizes, cases):
+        yield f"{n} x {m}, {case}", partial(run_case, group, n, m, case, machine)
+
+
+def run_group(group: Group | UpsamplingGroup) -> tuple[str, dict[str, Any]]:
     """Its name, its failures and the largest share of its allowance that any result took; for a worker."""
     machine = this_machine()
     worst, failures, num_cases = 0.0, [], 0
     if not usable(machine):
         failure = "not run: an earlier kernel left the GPU unusable for its process; run again"
         return group.name, {"num_cases": 0, "failures": [failure]}
-    cases = ["plain", "strided", "large logits"]
-    if machine.is_rehearsal and group.dtype == torch.float32:
-        # NumPy's products k q and q k differ by several roundings: its backward misses its forward's lse.
-        cases.remove("large logits")
-    for (n, m), case in itertools.product(group.sizes, cases):
-        name = f"{n} x {m}, {case}"
+    if isinstance(group, UpsamplingGroup):
+        cases = upsampling_cases(group, machine)
+    else:
+        cases = attention_cases(group, machine)
+    for name, share_of in cases:
         num_cases += 1
         try:
-            share = run_case(group, n, m, case, machine)
+            share = share_of()
         except (RuntimeError, ValueError, AssertionError) as error:
             failures.append(f"{name}: {' '.join(str(error).split())[-300:]}")
             if not usable(machine):
@@ -169,24 +180,15 @@ def strided(tensor: Tensor) -> Tensor:
     return view
 
 
-@contextlib.contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Fresh tensors hold NaN, so that an element which a kernel leaves out shows."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of operations that have no deterministic form
-        torch.use_deterministic_algorithms(True, warn_only=True)  # this mode fills new memory
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(False)
-
-
 def main() -> None:
     arguments = section_arguments(__doc__)
     deadline = time.monotonic() + arguments.seconds
     machine = this_machine()
     records = open_records(arguments.out, machine)
-    wanted = [smaller(group) if machine.is_rehearsal else group for group in groups(machine)]
+    wanted: list[Group | UpsamplingGroup] = [
+        *(smaller(group) if machine.is_rehearsal else group for group in groups(machine)),
+        *upsampling_groups(machine),
+    ]
     records.table["num_check_groups"] = len(wanted)
     todo = [group for group in wanted if not right(records.section("checks").get(group.name))]
     context = multiprocessing.get_context("spawn")  # CUDA does not live through a fork

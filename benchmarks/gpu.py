@@ -2,10 +2,11 @@
 
     python -m benchmarks.gpu [--minutes 8.5] [--out FOLDER] [--interpret]
 
-Checks every kernel against float64, tunes, races the rivals, measures the whole decoder, runs the kernels'
-tests. Each section is a process with its own share of the time, so that a kernel that hangs or breaks the GPU
-costs one section; one that breaks is started again and goes on after the culprit. FOLDER/GPU/DATE.json and
-.md are written as it goes, and a second call goes on from them. Exit code 1: a check failed; 2: no GPU.
+Checks every kernel against float64, tunes, races the rivals, measures the whole decoder and the upsampled
+loss, runs the attention kernels' tests. Each section is a process with its own share of the time, so that a
+kernel that hangs or breaks the GPU costs one section; one that breaks is started again and goes on after the
+culprit. FOLDER/GPU/DATE.json and .md are written as it goes, and a second call goes on from them. Exit code
+1: a check failed; 2: no GPU.
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ class Section(NamedTuple):
 
 
 SECTIONS = (
-    Section("checks", 0.20, ("-m", "benchmarks.checks")),
-    Section("tuning", 0.34, ("-m", "benchmarks.tuning")),
-    Section("kernels", 0.32, ("-m", "benchmarks.kernels")),
-    Section("decoder", 0.08, ("-m", "benchmarks.decoder")),
-    Section("tests", 0.06, ("-m", "pytest", "-q", "-x", *KERNEL_TESTS), takes_options=False),
+    Section("checks", 0.22, ("-m", "benchmarks.checks")),
+    Section("tuning", 0.31, ("-m", "benchmarks.tuning")),
+    Section("kernels", 0.26, ("-m", "benchmarks.kernels")),
+    Section("decoder", 0.06, ("-m", "benchmarks.decoder")),
+    Section("upsampling", 0.10, ("-m", "benchmarks.upsampling")),
+    Section("tests", 0.05, ("-m", "pytest", "-q", "-x", *KERNEL_TESTS), takes_options=False),
 )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -153,7 +154,7 @@ def measure(row: Row, machine: Machine, limits: dict[str, float]) -> dict[str, A
             entry["refused"] = f"N x M matrices of {contender.needs_bytes / 2**30:.0f} GiB do not fit"
             continue
         run = step(contender, grads_out[contender.form.name])
-        outcome = first_run(run, right[contender.form.name], machine)
+        outcome = first_run(run, partial(check, right=right[contender.form.name]), machine)
         if isinstance(outcome, str):
             entry["refused"] = outcome
             continue
@@ -173,8 +174,12 @@ def measure(row: Row, machine: Machine, limits: dict[str, float]) -> dict[str, A
     return {**{k: str(v) if k == "dtype" else v for k, v in row._asdict().items()}, "contenders": entries}
 
 
-def first_run(run: Callable[[], list[Tensor]], right: Expected, machine: Machine) -> float | str:
-    """The worst row error of the first call, or why the contender is out."""
+def first_run(
+    run: Callable[[], list[Tensor]],
+    judge: Callable[[list[Tensor]], tuple[float, str | None]],
+    machine: Machine,
+) -> float | str:
+    """The worst error of the first call, or why the contender is out; judge: both, of its results."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -184,7 +189,7 @@ def first_run(run: Callable[[], list[Tensor]], right: Expected, machine: Machine
             first_line = (str(error) or type(error).__name__).splitlines()[0]
             reasons = [first_line, *(str(warning.message) for warning in caught)]  # SDPA warns of its reasons
             return " ".join(" ".join(reasons).split())[:400]
-    worst, reason = check(results, right)
+    worst, reason = judge(results)
     return worst if reason is None else reason
 
 
@@ -199,10 +204,7 @@ def main() -> None:
 def run(records: Records, machine: Machine, *, seconds: float) -> None:
     """All rows that are not recorded yet, until the time is over."""
     deadline = time.monotonic() + seconds
-    if "ceilings" not in records.table:
-        records.table["ceilings"] = ceilings(machine)
-        records.write()
-    limits = records.table["ceilings"]
+    limits = known_ceilings(records, machine)
     print(f"ceilings: {limits}", flush=True)
     todo = [row for row in rows(machine) if row.name not in records.section("rows")]
     for place, row in enumerate(todo):
@@ -216,6 +218,15 @@ def run(records: Records, machine: Machine, *, seconds: float) -> None:
                 entry = {"skipped": f"out of memory: {str(error).splitlines()[0]}"}
         records.add("rows", row.name, entry)
         print(summary(row.name, entry), flush=True)
+
+
+def known_ceilings(records: Records, machine: Machine) -> dict[str, float]:
+    """This machine's limits, measured once."""
+    if "ceilings" not in records.table:
+        records.table["ceilings"] = ceilings(machine)
+        records.write()
+    found: dict[str, float] = records.table["ceilings"]
+    return found
 
 
 def summary(name: str, entry: dict[str, Any]) -> str:

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-TABLE_HEAD = [
-    "| row | contender | form | ms | TFLOP/s | share of matmul | peak MiB | worst row error |",
-    "|---|---|---|---|---|---|---|---|",
-]
+COLUMNS = {  # of `rows` and `decoder`
+    "form": "form",
+    "ms": "ms",
+    "tflops": "TFLOP/s",
+    "share_of_matmul": "share of matmul",
+    "peak_mib": "peak MiB",
+    "worst_row_error": "worst row error",
+}
+UPSAMPLING_COLUMNS = {
+    "ms": "ms",
+    "least_gb_per_s": "GB/s at least",
+    "share_of_copy": "share of copy",
+    "peak_mib": "peak MiB",
+    "worst_error": "worst error",
+}
 
 
 class Goal(NamedTuple):
@@ -27,7 +38,7 @@ class Goal(NamedTuple):
 
 
 def goals(table: dict[str, Any]) -> list[Goal]:
-    """The project's goals for an H100-class GPU; half precision, batch 1."""
+    """The project's goals for an H100-class GPU; half precision, batch 1 but for upsampling."""
     found = []
     shapes = {(256, 150): (1.5, 1.3), (512, 150): (3.0, 2.5), (256, 19): (6.0, 5.0)}
     for (width, classes), needs in shapes.items():
@@ -50,7 +61,37 @@ def goals(table: dict[str, Any]) -> list[Goal]:
     peaks = {name: c["peak_mib"] for name, c in peaks.items() if c.get("peak_mib")}
     ratio = peaks["unfolded"] / peaks["segformer"] if {"unfolded", "segformer"} <= set(peaks) else None
     found.append(Goal("peak memory of forward + backward, times SegFormer's", 2.0, ratio, at_most=True))
-    return found
+    return found + _upsampling_goals(table)
+
+
+def _upsampling_goals(table: dict[str, Any]) -> list[Goal]:
+    """Of 150 classes in half precision, batch 16, against the two textbook lines."""
+    loss = _upsampling_ratios(table, "loss", training=True)
+    winners = _upsampling_ratios(table, "winners", training=False)
+    best = min((winners[name] for name in ("eager", "torch.compile") if name in winners), default=None)
+    return [
+        Goal("upsampled loss, extra memory, times eager", 0.05, loss.get("memory"), at_most=True),
+        Goal("upsampled loss, forward + backward, times eager", 2.0, loss.get("eager")),
+        Goal("upsampled loss, forward + backward, times torch.compile", 2.0, loss.get("torch.compile")),
+        Goal("upsampled winners, times the faster of eager and torch.compile", 3.0, best),
+    ]
+
+
+def _upsampling_ratios(table: dict[str, Any], operation: str, *, training: bool) -> dict[str, float]:
+    """How many times faster than each contender ours is, and how its peak memory compares to eager's."""
+    for row in table.get("upsampling", {}).values():
+        if "contenders" not in row or row["dtype"] == "torch.float32":
+            continue
+        if (row["operation"], row["num_classes"], row["training"]) != (operation, 150, training):
+            continue
+        timed = {name: c for name, c in row["contenders"].items() if "ms" in c}
+        if (ours := timed.get("ours (triton)")) is None:
+            return {}
+        ratios = {name: c["ms"] / ours["ms"] for name, c in timed.items()}
+        if ours["peak_mib"] and timed.get("eager", {}).get("peak_mib"):
+            ratios["memory"] = ours["peak_mib"] / timed["eager"]["peak_mib"]
+        return ratios
+    return {}
 
 
 def _contenders(table: dict[str, Any], section: str, name: str) -> dict[str, dict[str, Any]]:
@@ -103,21 +144,31 @@ def markdown(table: dict[str, Any]) -> str:
         ]
     if "ceilings" in table:
         lines += [", ".join(f"{name} {value:,}" for name, value in table["ceilings"].items()), ""]
-    lines += ["## Goals", "", "For an H100-class GPU; half precision, batch 1.", "", *goals_lines(table), ""]
+    lines += ["## Goals", "", GOALS_NOTE, "", *goals_lines(table), ""]
     lines += ["## Checks against float64", "", checks_line(table), ""]
     for name, entry in table.get("checks", {}).items():
         lines += [f"- {name}: {failure}" for failure in entry.get("failures", [])]
-    lines += ["", "## Rows", "", ROWS_NOTE, "", *TABLE_HEAD]
+    lines += ["", "## Rows", "", ROWS_NOTE, "", *_table_head(COLUMNS)]
     for section in ("rows", "decoder"):
         for name, entry in table.get(section, {}).items():
-            lines += _row_lines(name, entry)
+            lines += _row_lines(name, entry, COLUMNS)
+    lines += ["", "## Upsampled logits", "", UPSAMPLING_NOTE, "", *_table_head(UPSAMPLING_COLUMNS)]
+    for name, entry in table.get("upsampling", {}).items():
+        lines += _row_lines(name, entry, UPSAMPLING_COLUMNS)
     return "\n".join(lines) + "\n"
 
 
+GOALS_NOTE = "For an H100-class GPU; half precision; batch 1, of upsampled logits batch 16."
 ROWS_NOTE = (
     "Medians of runs in turn, the L2 cache flushed before each. FLOPs are of each contender's form: plain, "
     "C-wide keys and values over N x M scores; low rank, K-wide ones. Widths that SDPA or FlexAttention does "
     "not take are padded beforehand: outside of the timing, not counted. Peak memory is above the inputs."
+)
+UPSAMPLING_NOTE = (
+    "Names have (batch, classes, side of the map -> of the image). `eager` and `torch.compile` are the two "
+    "lines F.interpolate and F.cross_entropy or argmax. GB/s are of what any way must move at least: logits, "
+    "labels or ids, and in training the gradient; the share is of a large copy's. Errors: of the loss or of "
+    "a place's slopes, relative; of winners by how much of the largest logit they are too low."
 )
 
 
@@ -130,23 +181,24 @@ def checks_line(table: dict[str, Any]) -> str:
     return f"{groups}, {cases} cases, {failures} failures."
 
 
-def _row_lines(name: str, entry: dict[str, Any]) -> list[str]:
+def _table_head(columns: dict[str, str]) -> list[str]:
+    titles = ["row", "contender", *columns.values()]
+    return ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+
+
+def _row_lines(name: str, entry: dict[str, Any], columns: dict[str, str]) -> list[str]:
     if "contenders" not in entry:
-        return [f"| {name} | {entry.get('skipped', '')} | | | | | | |"]
+        return [f"| {name} | {entry.get('skipped', '')} |" + " |" * len(columns)]
     lines = []
     for contender, c in entry["contenders"].items():
+        cells = {key: _cell(c.get(key)) for key in columns}
         if "refused" in c:
-            lines.append(
-                f"| {name} | {contender} | {c.get('form', '')} | no: {_cell(c['refused'])} | | | | |"
-            )
-        else:
-            numbers = (
-                c.get(key) for key in ("ms", "tflops", "share_of_matmul", "peak_mib", "worst_row_error")
-            )
-            cells = " | ".join("" if number is None else f"{number:g}" for number in numbers)
-            lines.append(f"| {name} | {contender} | {c.get('form', '')} | {cells} |")
+            cells["ms"] = f"no: {_cell(c['refused'])}"
+        lines.append(f"| {name} | {contender} | " + " | ".join(cells.values()) + " |")
     return lines
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "/")[:160]
+def _cell(content: str | float | None) -> str:
+    if content is None:
+        return ""
+    return content.replace("|", "/")[:160] if isinstance(content, str) else f"{content:g}"

@@ -117,7 +117,7 @@ def describe(event: Event) -> str:
             if choice is None:
                 reasons = "; ".join(f"{side}: {reason}" for side, reason in refusals.items())
                 return f"{name}: no race ({reasons})"
-            return f"{name}: triton {choice.triton_ms:.3f} ms, sdpa {choice.sdpa_ms:.3f} ms"
+            return f"{name}: triton {choice.triton_ms:.3f} ms, {race.rival} {choice.sdpa_ms:.3f} ms"
         case OutOfTime(num_left):
             return f"out of time with {num_left} kernels and races left; run again to go on"
 

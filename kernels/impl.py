@@ -133,4 +133,4 @@ def describe_impl(impl: Impl, device: torch.device) -> str:
     if not choices:
         return f"auto (sdpa: nothing measured on {name} yet; `segdeformer bench --tune` does)"
     wins = sum(choice.triton_ms < choice.sdpa_ms for choice in choices)
-    return f"auto (as measured on {name}: triton in {wins} of {len(choices)} cases, else sdpa)"
+    return f"auto (as measured on {name}: triton in {wins} of {len(choices)} cases, else PyTorch)"

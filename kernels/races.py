@@ -1,4 +1,6 @@
-"""Races between the Triton kernels and PyTorch's scaled_dot_product_attention, and between two backwards.
+"""Races between the Triton kernels and what else would run, and between two forms of the backward.
+
+What else: PyTorch's scaled_dot_product_attention; for operations on upsampled logits the strips of rows.
 
 B batch, N pixels, D key width, E value width, K classes.
 """
@@ -24,11 +26,14 @@ from segdeformer.kernels.attention_launches import (
 from segdeformer.kernels.attention_triton import attention_with_lse, backward_in_chunks
 from segdeformer.kernels.clock import median_ms, synchronize
 from segdeformer.kernels.external_attention import external_attention, external_attention_reference
-from segdeformer.kernels.impl import Operation
+from segdeformer.kernels.impl import Impl, Operation
 from segdeformer.kernels.launch import padded_rows
 from segdeformer.kernels.oracle import answer, largest_allowed, worst_row_error
 from segdeformer.kernels.tiles import WIDEST_FUSED_BACKWARD, Choice, padded_width
 from segdeformer.kernels.tune_problems import dtypes_of
+from segdeformer.kernels.upsample_races import SCALE, LossMatch, WinnersMatch, upsampling_match
+
+UPSAMPLING = ("upsample_cross_entropy", "upsample_argmax")
 
 
 class Race(NamedTuple):
@@ -39,7 +44,12 @@ class Race(NamedTuple):
     value_width: int
     element_bytes: int
     training: bool  # forward + backward
-    num_pixels: int
+    num_pixels: int  # of the map, where it is upsampled
+
+    @property
+    def rival(self) -> str:
+        """What runs where the Triton kernels do not."""
+        return "strips" if self.operation in UPSAMPLING else "sdpa"
 
     @property
     def key(self) -> tuple[str, int, int, int, bool]:
@@ -80,32 +90,67 @@ def decoder_races(device: torch.device) -> list[Race]:
     ]
     wide = {("external_attention", 150), ("attention", 256)}
     singles = [race._replace(element_bytes=4) for race in halves if (race.operation, race.width) in wide]
-    return halves + singles
+    return halves + singles + _upsampling_races()
+
+
+def _upsampling_races() -> list[Race]:
+    """As choose_upsampling asks: the loss in training, winners not, K as both widths."""
+    races = []
+    for k, element_bytes, num_pixels in ((150, 2, 16384), (150, 4, 16384), (19, 2, 65536), (171, 2, 16384)):
+        races.append(Race("upsample_cross_entropy", k, k, element_bytes, True, num_pixels))
+        races.append(Race("upsample_argmax", k, k, element_bytes, False, num_pixels))
+    return races
+
+
+class AttentionMatch:
+    """Inputs of an attention and what should come out; runs give the output and, in training, gradients."""
+
+    def __init__(self, race: Race, device: torch.device, most_pixels: int | None) -> None:
+        self.race = race
+        self.inputs, self.grad_out, self.scale = race_inputs(race, device, most_pixels)
+        external = race.operation == "external_attention"
+        reference = external_attention_reference if external else attention_reference
+        exact, eager = (
+            answer(reference, self.inputs, scale=self.scale, grad_out=self.grad_out, exact=precise)
+            for precise in (True, False)
+        )
+        self.exact = (exact.out, *exact.grads)
+        self.allowed = [
+            largest_allowed(worst_row_error(rounded, precise), self.inputs[0].dtype)
+            for rounded, precise in zip((eager.out, *eager.grads), self.exact, strict=True)
+        ]
+
+    def step(self, impl: Impl) -> Callable[[], list[Tensor]]:
+        inputs, training = self.inputs, self.race.training
+        operation = external_attention if self.race.operation == "external_attention" else attention
+
+        def run() -> list[Tensor]:
+            with torch.set_grad_enabled(training):
+                out: Tensor = operation(*inputs, scale=self.scale, impl=impl)
+                return [out, *(torch.autograd.grad(out, inputs, self.grad_out) if training else ())]
+
+        return run
+
+    def wrong(self, results: list[Tensor]) -> str | None:
+        """Why the results are not acceptable; None if they are."""
+        for result, precise, limit in zip(results, self.exact, self.allowed, strict=True):
+            worst = worst_row_error(result, precise)
+            if not worst <= limit:  # NaN is never allowed
+                return f"wrong: worst row off by {worst:.2g}, allowed {limit:.2g}"
+        return None
 
 
 def run_race(race: Race, device: torch.device, *, most_pixels: int | None = None) -> Fought:
-    """Check and time both sides, PyTorch's with the backend that it takes by itself, as it would later."""
-    inputs, grad_out, scale = race_inputs(race, device, most_pixels)
-    reference = (
-        external_attention_reference if race.operation == "external_attention" else attention_reference
-    )
-    exact, eager = (
-        answer(reference, inputs, scale=scale, grad_out=grad_out, exact=precise) for precise in (True, False)
-    )
-    allowed = [
-        largest_allowed(worst_row_error(rounded, precise), inputs[0].dtype)
-        for rounded, precise in zip((eager.out, *eager.grads), (exact.out, *exact.grads), strict=True)
-    ]
-
-    def step(impl: str) -> Callable[[], list[Tensor]]:
-        operation = external_attention if race.operation == "external_attention" else attention
-
-        def run() -> list[Tensor]:
-            with torch.set_grad_enabled(race.training):
-                out: Tensor = operation(*inputs, scale=scale, impl=impl)  # type: ignore[arg-type]
-                return [out, *(torch.autograd.grad(out, inputs, grad_out) if race.training else ())]
-
-        return run
+    """Check and time both sides: ours, and what `auto` would run without it, as it would run it."""
+    match: AttentionMatch | LossMatch | WinnersMatch
+    if race.operation in UPSAMPLING:
+        num_places = race.num_pixels
+        if most_pixels is not None:
+            num_places = min(num_places, most_pixels // SCALE**2)
+        dtype = dtypes_of(race.element_bytes, device)[0]
+        match = upsampling_match(race.operation, race.width, num_places, dtype=dtype, device=device)
+    else:
+        match = AttentionMatch(race, device, most_pixels)
 
     def contest(run: Callable[[], list[Tensor]]) -> float | str:
         """Milliseconds, or why it does not count."""
@@ -117,18 +162,15 @@ def run_race(race: Race, device: torch.device, *, most_pixels: int | None = None
         except (KernelError, RuntimeError) as error:
             reasons = [str(warning.message) for warning in caught] or [str(error)]
             return " ".join(" ".join(reasons).split())[:300]
-        for result, precise, limit in zip(results, (exact.out, *exact.grads), allowed, strict=True):
-            worst = worst_row_error(result, precise)
-            if not worst <= limit:  # NaN is never allowed
-                return f"wrong: worst row off by {worst:.2g}, allowed {limit:.2g}"
-        return median_ms(run, device)
+        return match.wrong(results) or median_ms(run, device)
 
-    outcomes = {impl: contest(step(impl)) for impl in ("triton", "sdpa")}
+    # `sdpa` is the strips for operations on upsampled logits.
+    outcomes = {"triton": contest(match.step("triton")), race.rival: contest(match.step("sdpa"))}
     refusals = {name: reason for name, reason in outcomes.items() if isinstance(reason, str)}
-    triton_ms, sdpa_ms = outcomes["triton"], outcomes["sdpa"]
-    if isinstance(triton_ms, str) or isinstance(sdpa_ms, str):
+    triton_ms, rival_ms = outcomes["triton"], outcomes[race.rival]
+    if isinstance(triton_ms, str) or isinstance(rival_ms, str):
         return Fought(race, None, refusals)
-    return Fought(race, Choice(*race.key, round(triton_ms, 5), round(sdpa_ms, 5)), refusals)
+    return Fought(race, Choice(*race.key, round(triton_ms, 5), round(rival_ms, 5)), refusals)
 
 
 def race_inputs(

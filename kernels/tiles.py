@@ -49,7 +49,7 @@ class Tile(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A recorded race between our kernels and PyTorch's scaled_dot_product_attention."""
+    """A recorded race between our kernels and PyTorch: its attention, or upsampling in strips."""
 
     operation: str
     width: int  # of queries and keys, as the model has it
@@ -57,7 +57,7 @@ class Choice(NamedTuple):
     element_bytes: int
     training: bool  # forward + backward, else forward
     triton_ms: float
-    sdpa_ms: float  # with the backend that PyTorch took
+    sdpa_ms: float  # PyTorch's, with the backend that it took
 
     def serves(
         self, operation: str, width: int, value_width: int, element_bytes: int, training: bool

@@ -1,4 +1,4 @@
-"""Find the fastest correct tiles of the Triton kernels on one GPU, then where they beat PyTorch's attention.
+"""Find the fastest correct tiles of the Triton kernels on one GPU, then where they beat what else would run.
 
 Every candidate's results are checked against float64 before it is timed, at full size and at an odd one. One
 that does not compile, does not fit or is wrong is recorded with its reason and passed over. The file is
@@ -236,7 +236,7 @@ def _check_alive(file: TunedFile, problem: Problem, tile: Tile, device: torch.de
 
 
 def _race(file: TunedFile, race: Race, device: torch.device, sizes: Sizes) -> Fought:
-    """Fused against chunked backward, then Triton against PyTorch, with the tiles just found."""
+    """Fused against chunked backward, then Triton against its rival, with the tiles just found."""
     try:
         if race.has_two_backwards:
             form = faster_backward(race, device, most_pixels=sizes.most_pixels)

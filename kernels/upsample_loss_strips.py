@@ -12,8 +12,8 @@ from torch import Tensor
 
 from segdeformer.kernels.rows import SourceRows, source_rows
 
-# What stays in a processor's cache between the passes over a strip; on a GPU enough to fill it.
-STRIP_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+# What stays in a processor's cache between the passes over a strip; elsewhere enough to fill a GPU.
+CPU_STRIP_BYTES, STRIP_BYTES = 4 * 2**20, 256 * 2**20
 
 
 @torch.library.custom_op("segdeformer::upsample_loss_strips", mutates_args=())
@@ -36,7 +36,8 @@ def upsample_loss_strips(
     if not labels.numel():
         return losses_BHW.sum(), losses_BHW, gradient_BKhw
     columns = _Columns(logits.shape[-1], labels.shape[-1], dtype, logits.device)
-    step = max(1, STRIP_BYTES[logits.device.type] // (4 * logits.shape[1] * labels.shape[-1]))
+    strip_bytes = CPU_STRIP_BYTES if logits.device.type == "cpu" else STRIP_BYTES
+    step = max(1, strip_bytes // (4 * logits.shape[1] * labels.shape[-1]))
     with torch.autocast(logits.device.type, enabled=False):
         for b in range(logits.shape[0]):
             map_Khw = logits[b].to(dtype).contiguous()

@@ -135,7 +135,7 @@ def test_auto_takes_on_a_gpu_what_was_measured_faster(
         q, v = stand_in(width), stand_in(value_width)
         assert choose_impl("auto", q, q, v, operation=operation) == expected
     assert (
-        describe_impl("auto", GPU) == "auto (as measured on NVIDIA H200: triton in 2 of 3 cases, else sdpa)"
+        describe_impl("auto", GPU) == "auto (as measured on NVIDIA H200: triton in 2 of 3 cases, else PyTorch)"
     )
 
 

@@ -1,0 +1,166 @@
+"""Races, checks and goals of the operations on upsampled logits: the right counts, the wrong shows."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import check_upsampling, checks, report
+from benchmarks.machine import this_machine
+from benchmarks.upsampling import UpsamplingRow, measure
+from segdeformer.cli.bench import describe
+from segdeformer.kernels import impl as choosing
+from segdeformer.kernels.impl import choose_upsampling
+from segdeformer.kernels.launch import Launch
+from segdeformer.kernels.races import UPSAMPLING, Race, decoder_races, run_race
+from segdeformer.kernels.tiles import Choice
+from segdeformer.kernels.upsample_argmax import upsample_argmax_reference
+from segdeformer.kernels.upsample_oracle import LossTask, loss_answer, loss_error, winners_error
+from segdeformer.kernels.upsample_races import make_loss_task
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+LOSS = Race("upsample_cross_entropy", 19, 19, 4, True, 4)
+WINNERS = Race("upsample_argmax", 19, 19, 4, False, 4)
+
+
+def test_auto_takes_what_won_the_race(monkeypatch):
+    races = [race for race in decoder_races(DEVICE) if race.operation in UPSAMPLING]
+    assert {race.operation for race in races} == set(UPSAMPLING)
+    for race in races:
+        on_gpu = SimpleNamespace(
+            shape=(2, race.width, 4, 4),
+            device=torch.device("cuda", 0),
+            element_size=lambda size=race.element_bytes: size,
+        )
+        for times, expected in (((1.0, 2.0), "triton"), ((2.0, 1.0), "strips")):
+            choice = Choice(*race.key, *times)
+            monkeypatch.setattr(choosing, "measured_choices", lambda device, c=choice: [c])
+            choosing._recorded_faster.cache_clear()
+            assert choose_upsampling("auto", race.operation, on_gpu) == expected
+    choosing._recorded_faster.cache_clear()
+
+
+@pytest.mark.parametrize("race", [LOSS, WINNERS, LOSS._replace(element_bytes=2)])
+def test_a_race_of_both_sides_is_a_choice_against_the_strips(race):
+    fought = run_race(race, DEVICE)
+    assert fought.refusals == {}
+    assert fought.choice[:5] == race.key
+    assert fought.choice.triton_ms > 0
+    assert describe(fought).endswith(f"strips {fought.choice.sdpa_ms:.3f} ms")
+
+
+def test_a_kernel_that_is_wrong_loses_its_race_and_fails_its_checks(monkeypatch):
+    honest = Launch.run
+
+    def one_loss_off(launch):
+        honest(launch)
+        if "losses" in launch.tensors:
+            launch.tensors["losses"][0, 1, 1] += 0.1
+
+    def one_slope_missing(launch):
+        honest(launch)
+        if "grad_logits" in launch.tensors:
+            launch.tensors["grad_logits"][0, 1, -1, -1] = math.nan
+
+    def one_winner_swapped(launch):
+        honest(launch)
+        if launch.tensors.get("ids") is not None:
+            ids = launch.tensors["ids"]
+            ids[0, 1, 1] = (ids[0, 1, 1] + 1) % 2
+
+    machine = this_machine()
+    group = check_upsampling.UpsamplingGroup((2, 2), (8, 8), torch.float32, (2,), check_upsampling.CASES[:2])
+    _, right = checks.run_group(group)
+    assert right["failures"] == []
+    for broken, race, reason, case in [
+        (one_loss_off, LOSS, "wrong loss: off by", "loss, 2 classes"),
+        (one_slope_missing, LOSS, "wrong gradient: off by nan", "loss, 2 classes"),
+        (one_winner_swapped, WINNERS, "wrong winners", "winners, 2 classes"),
+    ]:
+        monkeypatch.setattr(Launch, "run", broken)
+        fought = run_race(race, DEVICE)
+        assert fought.choice is None
+        assert reason in fought.refusals["triton"]
+        assert f"no race (triton: {reason}" in describe(fought)
+        _, entry = checks.run_group(group)
+        assert any(failure.startswith(case) for failure in entry["failures"])
+        row = UpsamplingRow(
+            "loss" if race.training else "winners", 1, 19, 2, 8, machine.halves[0], race.training
+        )
+        contenders = measure(row, machine, 1.0)["contenders"]
+        assert reason in contenders["ours (triton)"]["refused"]
+        assert "ms" in contenders["ours (strips)"]
+        assert "ms" in contenders["eager"]
+
+
+def test_the_oracle_is_the_textbook_mean_in_float64():
+    task = make_loss_task(2, 7, (3, 4), (13, 9), dtype=torch.float64, device=torch.device("cpu"))
+    weights = torch.linspace(0.5, 2.0, 7)
+    for options in (LossTask(*task[:2]), LossTask(*task[:2], weights, 0.2, "valid")):
+        leaf = options.logits_BKhw.clone().requires_grad_()
+        full = torch.nn.functional.interpolate(leaf, (13, 9), mode="bilinear", align_corners=False)
+        expected = torch.nn.functional.cross_entropy(
+            full,
+            options.labels_BHW,
+            weight=None if options.class_weights_K is None else weights.double(),
+            label_smoothing=options.label_smoothing,
+            ignore_index=255,
+        )
+        (options.upstream * expected).backward()
+        answer = loss_answer(options, exact=True)
+        assert loss_error(expected.detach(), answer) < 1e-12
+        torch.testing.assert_close(answer.gradient_BKhw, leaf.grad, rtol=1e-10, atol=1e-12)
+    winners = upsample_argmax_reference(task.logits_BKhw, (13, 9), confidence=True)
+    right = winners_error(task.logits_BKhw, *winners)
+    assert right.shortfall < 1e-6
+    assert right.confidence < 1e-5
+    swapped = (winners.ids_BHW + 1) % 7
+    assert winners_error(task.logits_BKhw, swapped).shortfall > 0.1
+    assert winners_error(task.logits_BKhw, winners.ids_BHW + 7).shortfall == math.inf
+
+
+def test_the_checks_cover_all_that_was_promised():
+    gpu = this_machine()._replace(
+        device=torch.device("cuda", 0), dtypes=(torch.bfloat16, torch.float16, torch.float32)
+    )
+    groups = list(check_upsampling.upsampling_groups(gpu))
+    assert len({group.name for group in groups}) == len(groups)
+    scales = {group.full[1] / group.size[1] for group in groups if group.size != (1, 1)}
+    assert {4.0, 16.0, 683 / 171, 1.0, 0.5} <= scales
+    for dtype in gpu.dtypes:
+        of_dtype = [group for group in groups if group.dtype == dtype]
+        assert any(group.size == (1, 1) for group in of_dtype)
+        assert all(set(group.classes) == {2, 19, 150, 171} for group in of_dtype)
+        for group in of_dtype[:2]:
+            assert {case.layout for case in group.cases} == set(check_upsampling.LAYOUTS)
+            assert {case.labels_dtype for case in group.cases} == {torch.uint8, torch.int64}
+            assert {case.weighted for case in group.cases} == {True, False}
+            assert {case.options.get("average", "valid") for case in group.cases} == {"valid", "all"}
+            assert {bool(case.options.get("label_smoothing")) for case in group.cases} == {True, False}
+
+
+def test_the_goals_are_ratios_against_the_two_textbook_lines():
+    def row(operation, training, ours, eager, compiled):
+        contenders = {
+            "ours (triton)": {"ms": ours, "peak_mib": 40.0},
+            "ours (strips)": {"ms": 0.1, "peak_mib": 1.0},
+            "eager": {"ms": eager, "peak_mib": 1000.0},
+            "torch.compile": {"ms": compiled, "peak_mib": 500.0},
+        }
+        return {
+            "operation": operation,
+            "num_classes": 150,
+            "dtype": "torch.bfloat16",
+            "training": training,
+            "contenders": contenders,
+        }
+
+    wide = row("loss", True, 1.0, 1.0, 1.0) | {"dtype": "torch.float32"}
+    rows = {"0": wide, "1": row("loss", True, 2.0, 5.0, 3.0), "2": row("winners", False, 2.0, 8.0, 7.0)}
+    goals = {goal.text: goal for goal in report.goals({"upsampling": rows})[-4:]}
+    verdicts = [(goal.measured, goal.verdict) for goal in goals.values()]
+    assert verdicts == [(0.04, "met"), (2.5, "met"), (1.5, "not met"), (3.5, "met")]
+    del rows["1"]["contenders"]["ours (triton)"]["ms"]
+    unmeasured = report.goals({"upsampling": rows})[-4:]
+    assert [goal.verdict for goal in unmeasured] == ["not measured"] * 3 + ["met"]
