@@ -134,9 +134,8 @@ def test_auto_takes_on_a_gpu_what_was_measured_faster(
     with torch.set_grad_enabled(training):
         q, v = stand_in(width), stand_in(value_width)
         assert choose_impl("auto", q, q, v, operation=operation) == expected
-    assert (
-        describe_impl("auto", GPU) == "auto (as measured on NVIDIA H200: triton in 2 of 3 cases, else PyTorch)"
-    )
+    words = "auto (as measured on NVIDIA H200: triton in 2 of 3 cases, else PyTorch)"
+    assert describe_impl("auto", GPU) == words
 
 
 def test_a_compiled_graph_takes_the_choice_without_looking_into_files(measured):
