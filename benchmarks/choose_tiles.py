@@ -20,7 +20,7 @@ from aot import KERNELS, Case, class_widths, compile_case, main_widths
 from segdeformer.kernels.tiles import ARCHITECTURES, TUNED, Architecture, Tile, padded_width
 
 SPILL_BYTES = 16  # a chosen tile may spill this much
-SLOW_PATH_BYTES = 1000  # of spills are as bad as Ampere's matrix instructions on Hopper
+SLOW_PATH_BYTES = 64  # of spills are as bad as Ampere's matrix instructions on Hopper
 
 
 def candidates(kernel: str, width: int, element_bytes: int) -> list[Tile]:
