@@ -203,7 +203,10 @@ def test_one_linear_layer_feeds_both_attentions_with_aligned_views(num_classes, 
     monkeypatch.setattr(folding, "attention", watched)
     monkeypatch.setattr(folding, "external_attention", watched_external)
     with torch.no_grad():
-        folded(images())
+        apart = folded(images()).logits_BKhw  # as on a CPU, part by part
+        calls.clear()
+        monkeypatch.setattr(folding, "made_together", lambda device: True)
+        assert_close(folded(images()).logits_BKhw, apart, 1e-5)
     views = [view for call in calls for view in call]
     assert [view.shape[-1] for view in views] == [32, 32, value_width, num_classes, num_classes]
     assert len({view.untyped_storage().data_ptr() for view in views}) == 1  # one tensor, nothing copied

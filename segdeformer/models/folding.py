@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import Generic, NamedTuple, NoReturn, Self, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segdeformer.errors import UsageError
@@ -159,6 +160,11 @@ class PartsLinear(nn.Linear):
         columns = self(pixels_BNC)
         return Parts(*(None if span is None else columns[..., span] for span in self.spans))
 
+    def part(self, pixels_BNC: Tensor, name: str) -> Tensor | None:
+        """One part alone."""
+        span = getattr(self.spans, name)
+        return None if span is None else F.linear(pixels_BNC, self.weight[span], self.bias[span])
+
 
 class FoldedDecoder(nn.Module):
     """What `SegDeformer.fold` makes: the same logits by fewer and narrower operations; cannot be trained."""
@@ -182,21 +188,36 @@ class FoldedDecoder(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> SegOutput:
         tokens: Tokens = self.fusion(maps)
-        parts = self.project.parts(tokens.pixels_BNC)
-        logits_BNK, class_map = parts.logits, None
-        if parts.middle is not None:
+        pixels_BNC, class_map = tokens.pixels_BNC, None
+        together = self.project.parts(pixels_BNC) if made_together(pixels_BNC.device) else None
+        logits_BNK = self._parts(together, pixels_BNC, "logits").logits
+        if self.internal is not None:
+            parts = self._parts(together, pixels_BNC, "queries", "keys", "values")
+            logits_BNK = logits_BNK + self.internal(tokens, parts)
+        if self.external is not None:
+            parts = self._parts(together, pixels_BNC, "middle", "external")
+            assert parts.middle is not None
             middle_BNK = parts.middle.to(torch.promote_types(parts.middle.dtype, torch.float32))
-            parts = parts._replace(middle=middle_BNK)
             class_map = tokens._replace(pixels_BNC=middle_BNK).as_map() if self.supervised else None
-        for attend in (self.internal, self.external):
-            if attend is not None:
-                logits_BNK = logits_BNK + attend(tokens, parts)
+            logits_BNK = logits_BNK + self.external(tokens, parts._replace(middle=middle_BNK))
         return SegOutput(tokens._replace(pixels_BNC=logits_BNK).as_map(), class_map, None)
+
+    def _parts(self, together: Parts[Tensor] | None, pixels_BNC: Tensor, *names: str) -> Parts[Tensor]:
+        """Views of one product, or these parts alone."""
+        if together is not None:
+            return together
+        made = {name: self.project.part(pixels_BNC, name) for name in names}
+        return Parts(**(dict.fromkeys(Parts._fields) | made))
 
     def train(self, mode: bool = True) -> Self:
         if mode:
             refuse_training()
         return super().train(mode)
+
+
+def made_together(device: torch.device) -> bool:
+    """Whether all parts are one product: on a GPU. On a CPU one by one, so that less is held at a time."""
+    return device.type != "cpu"
 
 
 def refuse_training() -> NoReturn:
