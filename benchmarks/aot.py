@@ -55,6 +55,7 @@ MAIN_WIDTHS = {
     "external": [(150, 150), (171, 171), (19, 19)],
 }
 NUM_PIXELS = 16384
+TENSOR_MEMORY = 512  # columns
 MOST_SPILL_BYTES = {2: 64, 4: 1024}
 MOST_RAGGED_SPILL_BYTES = 256  # of half precision with masks
 TABLE = Path(__file__).parent / "results" / "aot.md"
@@ -80,6 +81,7 @@ class Compiled(NamedTuple):
     registers: int
     spill_bytes: int  # the stack frame of a thread: spilled registers, and what else lies there
     instruction: str  # of the matrix products
+    tensor_memory: int = 0  # columns of Blackwell's; beyond 512 the code is a trap that compiles
 
     @property
     def allowed_spill_bytes(self) -> int:
@@ -88,7 +90,8 @@ class Compiled(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        return self.shared_bytes <= ARCHITECTURES[self.case.architecture].shared_bytes
+        limit = ARCHITECTURES[self.case.architecture].shared_bytes
+        return self.shared_bytes <= limit and self.tensor_memory <= TENSOR_MEMORY
 
 
 def build_launch(case: Case) -> Launch | None:
@@ -217,7 +220,8 @@ def compile_case(case: Case) -> Compiled | str:
         names = ("wgmma {}", "{}", "mma.sync {}")
         instructions = [n.format(x) for found in instructions for n, x in zip(names, found, strict=True) if x]
     widest = max(set(instructions), key=_size, default="fma")
-    return Compiled(case, code.metadata.shared, registers, spills, widest)
+    tensor_memory = getattr(code.metadata, "tmem_size", None) or 0
+    return Compiled(case, code.metadata.shared, registers, spills, widest, tensor_memory)
 
 
 def _number(pattern: str, text: str) -> int:

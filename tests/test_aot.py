@@ -38,7 +38,9 @@ def test_the_decoders_own_widths_compile_within_the_card(architecture, tmp_path)
         assert row["architecture"] == architecture
         assert row["shared_bytes"] <= ARCHITECTURES[architecture].shared_bytes
         assert row["spill_bytes"] <= 64
-        if row["kernel"].startswith(("attention", "external")):
+        if row["kernel"] == "attention_forward_few_keys":
+            assert row["instruction"] != "fma", row  # small blocks may use the older ones
+        elif row["kernel"].startswith(("attention", "external")):
             assert row["instruction"].startswith(PRODUCTS[architecture]), row
 
 

@@ -33,7 +33,7 @@ from segdeformer.report.sheet import write_sheet
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})
 CPU = torch.device("cpu")
-AUTO = "auto (sdpa, and blocks for large maps without gradients)"
+AUTO = "auto (sdpa, and blocks for large maps without gradients; upsampling in strips)"
 SHORT = ("train", "synthetic", "--iterations", 4, "--batch", 2, "--seed", 3, "--workers", 0)
 
 
