@@ -119,7 +119,7 @@ def evaluate_images(
     with closing(_read_ahead(dataset)) as samples:
         for sample in samples:
             views = make_views(model, sample.image_HW3, protocol, data, device)
-            labels_HW = torch.from_numpy(sample.labels_HW).to(device)
+            labels_HW = torch.tensor(sample.labels_HW, device=device)
             with torch.inference_mode():
                 predicted_HW = _add_image(tally, views, labels_HW, impl)
             tally.num_images += 1
