@@ -1,0 +1,145 @@
+"""The model of a recipe: encoder, fusion, context, head."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from segdeformer.config.fields import Natural, Positive, Share, SizeHW, Strict
+
+Projection = Literal["affine", "conv_bn_relu"]
+
+
+class EncoderConfig(Strict):
+    """Which encoder makes the four feature maps.
+
+    name: `mit_b0` ... `mit_b5`, `mit_nano`, or any timm model name.
+    weights: `none`, `timm` (pretrained weights through timm's hub), or a file.
+    image_size: (height, width) of the position grid for encoders with absolute positions;
+        other sizes are resampled from it. Not a limit on the input.
+    taps: block indices of the four maps of a flat (ViT) encoder; default spreads them evenly.
+    feature_norm: LayerNorm on every returned map, as mmsegmentation's Swin has.
+    """
+
+    name: str
+    weights: str = "none"
+    drop_path: Share = 0.0
+    image_size: SizeHW | None = None
+    taps: Annotated[tuple[Natural, Natural, Natural, Natural], Field(strict=False)] | None = None
+    feature_norm: bool = False
+
+
+class MLPFusionConfig(Strict):
+    """MLP fusion (Eq. 1). `conv_bn_relu`: mmsegmentation's; `linear`: NVlabs' and Hugging Face's.
+
+    depth: layers from a map to the tokens. 2 is Eq. 1, one per map and one over all; the others follow
+        at the first map's size (Table 8).
+    """
+
+    kind: Literal["mlp"] = "mlp"
+    width: Positive = 256
+    depth: Annotated[int, Field(ge=2)] = 2
+    projection: Literal["conv_bn_relu", "linear"] = "conv_bn_relu"
+
+
+class UperNetConfig(Strict):
+    """UperNet (the paper's dagger): pyramid pooling of the last map, then a top-down pyramid.
+
+    pools: cells per side of the grids that the last map is averaged to.
+    neck: give the maps of a flat (ViT) encoder four sizes first, as mmsegmentation's MultiLevelNeck does.
+    """
+
+    kind: Literal["upernet"] = "upernet"
+    width: Positive = 512
+    pools: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] = (1, 2, 3, 6)
+    neck: bool = False
+
+
+class FPNConfig(Strict):
+    """Semantic FPN: a top-down pyramid of `pyramid_width` channels, its levels summed in `width`."""
+
+    kind: Literal["fpn"] = "fpn"
+    width: Positive = 128
+    pyramid_width: Positive = 256
+    neck: bool = False
+
+
+class FaPNConfig(Strict):
+    """FaPN: as `fpn`, but the pyramid selects features and aligns them by deformable convolutions."""
+
+    kind: Literal["fapn"] = "fapn"
+    width: Positive = 128
+    pyramid_width: Annotated[int, Field(gt=0, multiple_of=8)] = 256  # 8 groups of channels move together
+    neck: bool = False
+
+
+FusionConfig = Annotated[
+    MLPFusionConfig | UperNetConfig | FPNConfig | FaPNConfig, Field(discriminator="kind")
+]
+
+
+class InternalConfig(Strict):
+    """Internal attention over the pixels (Eq. 5, Table 4)."""
+
+    heads: Positive = 1
+    depth: Positive = 1
+    mlp: bool = False
+
+
+class ExternalConfig(Strict):
+    """External attention through class tokens (Eqs. 6-10, Table 5)."""
+
+    tokens: Literal["learned"] = "learned"
+    attention_loss: bool = True
+    second_stage: bool = True
+    decouple: bool = True
+
+
+class ContextConfig(Strict):
+    """What SegDeformer adds to the fused map. Leave the table out for plain SegFormer.
+
+    reduction: keys and values of Eqs. 5 and 7 come from an R x R convolution of stride R.
+    """
+
+    projection: Projection = "affine"
+    reduction: Positive = 1
+    internal: InternalConfig | None = None
+    external: ExternalConfig | None = None
+
+    @model_validator(mode="after")
+    def _something_is_mined(self) -> ContextConfig:
+        if self.internal is None and self.external is None:
+            raise ValueError("has neither `internal` nor `external`; add one, or leave `context` out")
+        return self
+
+
+class HeadConfig(Strict):
+    """Dropout and a 1x1 convolution to class logits (Eq. 4)."""
+
+    dropout: Share = 0.1
+
+
+class AuxiliaryConfig(Strict):
+    """FCN head on one encoder stage (1 to 4), training only; mmsegmentation's decoders have it."""
+
+    stage: Annotated[int, Field(ge=1, le=4)] = 3
+    width: Positive = 256
+
+
+class ModelConfig(Strict):
+    num_classes: Annotated[int, Field(ge=2, le=255)]
+    encoder: EncoderConfig
+    fusion: FusionConfig = MLPFusionConfig()
+    context: ContextConfig | None = None
+    head: HeadConfig = HeadConfig()
+    auxiliary: AuxiliaryConfig | None = None
+
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> ModelConfig:
+        internal = self.context.internal if self.context else None
+        if internal and self.fusion.width % internal.heads:
+            raise ValueError(
+                f"fusion.width {self.fusion.width} is no multiple of context.internal.heads {internal.heads}"
+            )
+        return self

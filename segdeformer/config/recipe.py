@@ -1,0 +1,127 @@
+"""A whole recipe: read, validated, written."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from segdeformer.config.data import AugmentConfig, DataConfig, EvalConfig
+from segdeformer.config.fields import Strict
+from segdeformer.config.model import ModelConfig, UperNetConfig
+from segdeformer.config.training import TrainConfig
+from segdeformer.errors import UsageError
+from segdeformer.refusals import explain
+
+DEFAULT_RECIPE = "landcover"
+
+
+class ReportedConfig(Strict):
+    """What the paper reports for this row, for the report's second column; never used otherwise."""
+
+    table: Annotated[int, Field(ge=1, le=8)]
+    row: str
+    miou: float | None = None
+    miou_multi_scale: float | None = None
+    params_millions: float | None = None
+
+
+class Recipe(Strict):
+    name: str
+    description: str
+    reported: ReportedConfig | None = None
+    model: ModelConfig
+    data: DataConfig
+    augment: AugmentConfig = AugmentConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _one_weight_per_class(self) -> Recipe:
+        weights = self.train.class_weights
+        if weights is not None and len(weights) != self.model.num_classes:
+            raise ValueError(
+                f"train.class_weights has {len(weights)} values for "
+                f"model.num_classes {self.model.num_classes}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batch_norm_sees_two_values(self) -> Recipe:
+        fusion = self.model.fusion
+        if isinstance(fusion, UperNetConfig) and 1 in fusion.pools and self.train.batch_size == 1:
+            raise ValueError(
+                "train.batch_size is 1, but BatchNorm after UperNet's 1x1 pool sees one value per image and "
+                "needs two; set it to 2 or more"
+            )
+        return self
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package, sorted."""
+    folder = resources.files("segdeformer") / "recipes"
+    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """Read a shipped recipe by name, or a TOML file by path.
+
+    Raises `UsageError` when there is no such recipe, the file is no TOML, or a key or value is wrong.
+    """
+    if name_or_path in recipe_names():
+        return parse_recipe(recipe_text(name_or_path), name_or_path)
+    return parse_recipe(_recipe_file(name_or_path), name_or_path)
+
+
+def recipe_text(name: str) -> str:
+    """The TOML of a shipped recipe, comments and all; raises `UsageError` for an unknown name."""
+    if name in recipe_names():
+        return (resources.files("segdeformer") / "recipes" / f"{name}.toml").read_text("utf-8")
+    raise _no_recipe(name)
+
+
+def _recipe_file(name_or_path: str) -> str:
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise _no_recipe(name_or_path)
+    try:
+        return path.read_text("utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"{path}: cannot be read as a TOML text file ({error})") from None
+
+
+def _no_recipe(name: str) -> UsageError:
+    near = difflib.get_close_matches(name, recipe_names(), n=1, cutoff=0.5)
+    hint = f"did you mean `{near[0]}`? " if near else ""
+    return UsageError(
+        f"no recipe `{name}`: neither a shipped recipe nor a TOML file; "
+        f"{hint}`segdeformer recipes` lists them"
+    )
+
+
+def parse_recipe(text: str, origin: str) -> Recipe:
+    """Validate TOML text strictly. `origin` names it in errors."""
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{origin}: not valid TOML: {error}") from None
+    return validate_recipe(values, origin)
+
+
+def validate_recipe(values: dict[str, Any], origin: str) -> Recipe:
+    """Validate a nested dict, as read from TOML or from a checkpoint's metadata."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(f"{origin}: {explain(error, Recipe)}") from None
+
+
+def recipe_toml(recipe: Recipe) -> str:
+    """The resolved recipe, every default written out, as TOML that `load_recipe` reads back."""
+    import tomli_w
+
+    return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
