@@ -150,7 +150,7 @@ def measure_training_memory(shape: Shape, machine: Machine, *, batch: int = 2) -
         def step(model: nn.ModuleList = model) -> None:
             encoder, decoder = model
             with torch.autocast(machine.device.type, machine.halves[0]):
-                logits, class_logits, _ = decoder(encoder(image))
+                logits, class_logits, *_ = decoder(encoder(image))
             loss = logits.float().square().mean()
             if class_logits is not None:
                 loss = loss + 0.4 * class_logits.square().mean()

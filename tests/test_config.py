@@ -43,7 +43,10 @@ def refusal(changes: dict[str, Any]) -> str:
         ("model.encoder.nmae", "did you mean `name`?"),
         ("model.context.internal.head", "did you mean `heads`?"),
         ("model.fusion.dept", "did you mean `depth`?"),
-        ("model.context.external.qqqq", "known here: tokens, attention_loss, second_stage, decouple"),
+        (
+            "model.context.external.qqqq",
+            "known here: tokens, momentum, attention_loss, second_stage, decouple",
+        ),
     ],
 )
 def test_unknown_key_names_its_path_and_the_nearest_right_one(path: str, remedy: str) -> None:
@@ -72,7 +75,7 @@ def test_wrong_type_is_never_converted(path: str, value: Any, complaint: str) ->
         ("model.num_classes", 256, "Input should be less than or equal to 255; got 256"),
         ("model.head.dropout", 1.5, "Input should be less than or equal to 1; got 1.5"),
         ("train.learning_rate", float("nan"), "Input should be a finite number; got nan"),
-        ("model.fusion.kind", "mpl", "Input should be 'mlp', 'upernet', 'fpn' or 'fapn'; got 'mpl'"),
+        ("model.fusion.kind", "mpl", "Input should be 'mlp', 'upernet', 'fpn', 'fapn' or 'peer'; got 'mpl'"),
         ("model.fusion.depth", 1, "Input should be greater than or equal to 2; got 1"),
         ("evaluate.mode", "sliding", "Input should be 'whole' or 'slide'; got 'sliding'"),
         ("reported", {"table": 9, "row": "x"}, "Input should be less than or equal to 8; got 9"),

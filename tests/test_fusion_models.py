@@ -1,29 +1,19 @@
-"""Every fusion in whole models: counts, a training step, folding, compiling and exporting."""
-
-import math
-from itertools import cycle
+"""Every fusion in whole models: counts, compiling, exporting and half precision."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from segdeformer.config import (
-    AuxiliaryConfig,
-    ContextConfig,
-    EncoderConfig,
-    ExternalConfig,
     FaPNConfig,
     FPNConfig,
-    InternalConfig,
     MLPFusionConfig,
-    ModelConfig,
     UperNetConfig,
     load_recipe,
 )
 from segdeformer.models.batch_norms import fused_fusion
 from segdeformer.models.encoders import build_encoder
 from segdeformer.models.fusion import build_fusion
-from segdeformer.models.segmenter import build_decoder, build_model
+from segdeformer.models.segmenter import build_decoder
 
 FUSIONS = {
     "mlp": MLPFusionConfig(width=16),
@@ -32,59 +22,6 @@ FUSIONS = {
     "fpn": FPNConfig(width=16, pyramid_width=8),
     "fapn": FaPNConfig(width=16, pyramid_width=8),
 }
-NECKS = {f"{n}, neck": c.model_copy(update={"neck": True}) for n, c in FUSIONS.items() if n[0] != "m"}
-BOTH = {"internal": InternalConfig(), "external": ExternalConfig()}
-CONTEXTS = [
-    None,
-    ContextConfig(**BOTH),
-    ContextConfig(reduction=4, **BOTH),
-    ContextConfig(projection="conv_bn_relu", **BOTH),
-    ContextConfig(internal=InternalConfig(heads=2, depth=2, mlp=True)),
-    ContextConfig(external=ExternalConfig(second_stage=False, decouple=False)),
-]
-ENCODERS = ["mit_nano", "deit_tiny_patch16_224", "test_vit", "swin_tiny_patch4_window7_224"]
-ENCODERS += ["twins_svt_small", "resnet18", "convnext_atto"]
-FLAT_ENCODERS = ENCODERS[1:3]
-next_context = cycle(CONTEXTS)
-PAIRS = [("mit_nano", f, context) for f in FUSIONS for context in CONTEXTS]
-PAIRS += [(e, f, next(next_context)) for e in ENCODERS[1:] for f in FUSIONS if f[0] != "m"]
-PAIRS += [("test_vit", f, next(next_context)) for f in NECKS]
-
-
-@pytest.mark.parametrize(("encoder", "name", "context"), PAIRS)
-def test_every_combination_trains_a_step_evaluates_and_folds(encoder, name, context):
-    torch.manual_seed(0)
-    config = ModelConfig(
-        num_classes=5,
-        encoder=EncoderConfig(name=encoder),
-        fusion=(FUSIONS | NECKS)[name],
-        context=context,
-        auxiliary=AuxiliaryConfig(width=8),
-    )
-    model = build_model(config).train()
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    for size in [(64, 64), (65, 97)]:
-        images, labels = torch.randn(2, 3, *size), torch.randint(0, 5, (2, *size))
-        output = model(images)
-        supervised = context is not None and context.external is not None
-        assert (output.class_logits_BKhw is not None) == supervised
-        loss = sum(
-            F.cross_entropy(F.interpolate(y, size, mode="bilinear"), labels) for y in output if y is not None
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        assert [n for n, p in model.named_parameters() if p.grad is None] == []
-        assert all(p.grad.isfinite().all() for p in model.parameters())
-        optimizer.step()
-    model.eval()
-    with torch.no_grad():
-        logits = model(images).logits_BKhw
-        assert logits.isfinite().all()
-        stride = 16 if encoder in FLAT_ENCODERS else 4
-        times = 4 if name in NECKS else 1
-        assert logits.shape[-2:] == (times * math.ceil(65 / stride), times * math.ceil(97 / stride))
-        if model.folding_obstacle is None:
-            torch.testing.assert_close(model.fold()(images).logits_BKhw, logits, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from segdeformer.config.model import (
     InternalConfig,
     MLPFusionConfig,
     ModelConfig,
+    PeerConfig,
     Projection,
     UperNetConfig,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "LossAverage",
     "MLPFusionConfig",
     "ModelConfig",
+    "PeerConfig",
     "Projection",
     "Recipe",
     "ReportedConfig",

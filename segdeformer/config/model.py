@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from segdeformer.config.fields import Natural, Positive, Share, SizeHW, Strict
 
 Projection = Literal["affine", "conv_bn_relu"]
+DEFAULT_MOMENTUM = 0.1
 
 
 class EncoderConfig(Strict):
@@ -74,8 +75,32 @@ class FaPNConfig(Strict):
     neck: bool = False
 
 
+class PeerConfig(Strict):
+    """A model of segmentation_models_pytorch (extra `peers`): its decoder, classifier and encoder.
+
+    decoder: its class there, such as `PSPNet` or `DeepLabV3Plus`.
+    options: arguments of that class, such as `encoder_depth`; what is left out has that package's default.
+    `encoder.name` is that package's or timm's, and `head.dropout` the auxiliary head's alone.
+    """
+
+    kind: Literal["peer"] = "peer"
+    decoder: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("options")
+    @classmethod
+    def _options_are_plain(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for name, value in options.items():
+            parts = value if isinstance(value, list) else [value]
+            if not all(isinstance(part, bool | int | float | str) for part in parts):
+                raise ValueError(
+                    f"`{name}` is {value!r}; expected a number, a text, true or false, or a list of them"
+                )
+        return options
+
+
 FusionConfig = Annotated[
-    MLPFusionConfig | UperNetConfig | FPNConfig | FaPNConfig, Field(discriminator="kind")
+    MLPFusionConfig | UperNetConfig | FPNConfig | FaPNConfig | PeerConfig, Field(discriminator="kind")
 ]
 
 
@@ -88,12 +113,38 @@ class InternalConfig(Strict):
 
 
 class ExternalConfig(Strict):
-    """External attention through class tokens (Eqs. 6-10, Table 5)."""
+    """External attention through class tokens (Eqs. 6-10, Table 5).
 
-    tokens: Literal["learned"] = "learned"
+    tokens: `learned`, or `momentum`: running means of each class's pixels, which take no gradient.
+    momentum: share of a batch's mean in the new running mean; 0.1 for `momentum` tokens, none for others.
+    decouple: a table of tokens for what a class tells, another for how it is found; `learned` only.
+    """
+
+    tokens: Literal["learned", "momentum"] = "learned"
+    momentum: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     attention_loss: bool = True
     second_stage: bool = True
     decouple: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _momentum_has_a_share(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("tokens") == "momentum" and values.get("momentum") is None:
+            return values | {"momentum": DEFAULT_MOMENTUM}
+        return values
+
+    @model_validator(mode="after")
+    def _only_learned_tokens_are_two(self) -> ExternalConfig:
+        if self.tokens == "momentum" and self.decouple:
+            raise ValueError(
+                "`decouple` is true, but momentum tokens are one table of class means; set it to false"
+            )
+        if self.tokens == "learned" and self.momentum is not None:
+            raise ValueError(
+                f'`momentum` is {self.momentum}, but tokens are "learned"; leave it out, or set tokens to '
+                '"momentum"'
+            )
+        return self
 
 
 class ContextConfig(Strict):
@@ -136,8 +187,12 @@ class ModelConfig(Strict):
     auxiliary: AuxiliaryConfig | None = None
 
     @model_validator(mode="after")
-    def _heads_divide_the_width(self) -> ModelConfig:
-        internal = self.context.internal if self.context else None
+    def _context_fits_the_fusion(self) -> ModelConfig:
+        if self.context is None:
+            return self
+        if isinstance(self.fusion, PeerConfig):
+            raise ValueError('fusion.kind is "peer", which takes no `context`; leave it out')
+        internal = self.context.internal
         if internal and self.fusion.width % internal.heads:
             raise ValueError(
                 f"fusion.width {self.fusion.width} is no multiple of context.internal.heads {internal.heads}"

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segdeformer.config import ContextConfig, Projection
+from segdeformer.config import ContextConfig, ExternalConfig, Projection
 from segdeformer.kernels.attention import attention
 from segdeformer.kernels.external_attention import external_attention
 from segdeformer.kernels.impl import Impl
-from segdeformer.models.layers import TokenConvBNReLU, Tokens, initialise_decoder, tokens_of
+from segdeformer.models.layers import TokenConvBNReLU, Tokens, initialise_decoder, keys_of, tokens_of
+from segdeformer.models.momentum import MomentumTokens
 
 ExternalForm = Literal["low_rank", "plain"]
 MLP_RATIO = 4
@@ -76,7 +77,7 @@ class InternalAttention(nn.Module):
         sources_BMC = self.reduce(tokens) if self.reduce else pixels_BNC
         mixed = attention(
             split_heads(self.query(pixels_BNC), self.heads),
-            split_heads(self.key(sources_BMC), self.heads),
+            split_heads(keys_of(self.key, sources_BMC), self.heads),
             split_heads(self.value(sources_BMC), self.heads),
             scale=self.scale,
             impl=self.impl,
@@ -140,6 +141,13 @@ class ClassTokens(nn.Module):
         return self.info_KC, self.info_KC if self.class_KC is None else self.class_KC
 
 
+def build_tokens(config: ExternalConfig, num_classes: int, width: int) -> ClassTokens | MomentumTokens:
+    """The external tokens that a recipe names."""
+    if config.momentum is not None:
+        return MomentumTokens(num_classes, width, momentum=config.momentum)
+    return ClassTokens(num_classes, width, decouple=config.decouple)
+
+
 class ExternalAttention(nn.Module):
     """Eqs. 6 and 7: each pixel becomes a mixture of class prototypes, then attends to those mixtures.
 
@@ -153,7 +161,7 @@ class ExternalAttention(nn.Module):
     def __init__(
         self,
         width: int,
-        tokens: ClassTokens,
+        tokens: ClassTokens | MomentumTokens,
         *,
         second_stage: bool,
         projection: Projection,
@@ -181,7 +189,8 @@ class ExternalAttention(nn.Module):
     def forward(self, tokens: Tokens) -> ExternalContext:
         info_KC, class_KC = self.tokens.tables()
         prototypes_KC = self.middle_value(info_KC)
-        middle_BNK = (self.middle_query(tokens.pixels_BNC) @ self.middle_key(class_KC).T) * self.scale
+        keys_KC = keys_of(self.middle_key, class_KC)
+        middle_BNK = (self.middle_query(tokens.pixels_BNC) @ keys_KC.T) * self.scale
         middle_BNK = middle_BNK.to(torch.promote_types(middle_BNK.dtype, torch.float32))
         if self.second_stage and self.low_rank:
             return ExternalContext(
@@ -269,7 +278,7 @@ def build_context(
     if config.external is not None:
         external = ExternalAttention(
             width,
-            ClassTokens(num_classes, width, decouple=config.external.decouple),
+            build_tokens(config.external, num_classes, width),
             second_stage=config.external.second_stage,
             projection=config.projection,
             reduction=config.reduction,

@@ -20,7 +20,7 @@ from segdeformer.errors import UsageError, UserError
 from segdeformer.models.mit import MIT_SIZES, MiT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 # timm marks these as of fixed input size, for their training; their code takes any size.
 ANY_SIZE_MODELS = {"MultiScaleVit", "SwiftFormer", "Twins", "VisionTransformerSAM", "Xcit"}
@@ -98,7 +98,7 @@ class TimmEncoder(nn.Module):
         for level, channels, stride, map_BChw in zip(
             self.levels, self.channels, self.strides, maps_BChw, strict=True
         ):
-            expected = (channels, padded[0] // stride, padded[1] // stride)
+            expected = (channels, math.ceil(padded[0] / stride), math.ceil(padded[1] / stride))
             if map_BChw.shape[1:] != expected:
                 raise UserError(
                     f"encoder `{self.name}` does not keep to the sizes that timm states: level {level} has "
@@ -154,6 +154,8 @@ def _build_timm(config: EncoderConfig) -> TimmEncoder:
     infos = [backbone.feature_info[level] for level in levels]
     strides = _four(info["reduction"] for info in infos)
     backbone.prune_intermediate_layers(list(levels), prune_norm=True, prune_head=True)
+    if isinstance(getattr(backbone, "head", None), nn.Module):  # ConvNeXt's keeps its norm in timm 1.0.19
+        backbone.head = nn.Identity()
 
     kinds = {type(module).__name__ for module in backbone.modules()}
     any_size = (
@@ -161,6 +163,12 @@ def _build_timm(config: EncoderConfig) -> TimmEncoder:
         or accepted & {"dynamic_img_size", "strict_img_size"}
         or type(backbone).__name__ in ANY_SIZE_MODELS
     )
+    multiple = math.lcm(*strides) * (2 if kinds & PATCH_BLOCKS else 1)
+    if "SwinTransformerBlock" in kinds:
+        from segdeformer.models.swin_windows import pad_before_shifting
+
+        pad_before_shifting(backbone)
+        multiple = strides[0]  # Swin pads each map itself
     built_size = config.image_size if "img_size" in accepted else backbone.pretrained_cfg["input_size"][1:]
     return TimmEncoder(
         backbone,
@@ -168,7 +176,7 @@ def _build_timm(config: EncoderConfig) -> TimmEncoder:
         levels=levels,
         channels=_four(info["num_chs"] for info in infos),
         strides=strides,
-        multiple=math.lcm(*strides) * (2 if kinds & PATCH_BLOCKS else 1),
+        multiple=multiple,
         fixed_size=None if any_size else built_size,
         feature_norm=config.feature_norm,
     )
@@ -187,34 +195,49 @@ def _check_name(name: str) -> None:
 
 
 def _create(config: EncoderConfig, options: dict[str, Any]) -> tuple[Any, set[str]]:
-    """Build the timm model with as many of the options as it takes; return it and their names.
-
-    timm cannot say which arguments a model takes, but a model refuses the others before it builds.
-    """
+    """Build the timm model with as many of the options as it takes; return it and their names."""
     import timm
 
     pretrained = config.weights == "timm"
     if pretrained and not timm.is_model_pretrained(config.name):
         raise UserError(f"timm has no weights for `{config.name}`; set encoder.weights to `none` or a file")
+    with explained_download(config.name):
+        return with_accepted_options(
+            lambda **accepted: timm.create_model(config.name, pretrained=pretrained, **accepted), options
+        )
+
+
+def with_accepted_options(create: Callable[..., Any], options: dict[str, Any]) -> tuple[Any, set[str]]:
+    """Create a timm model with as many of the options as it takes; return it and their names.
+
+    timm cannot say which arguments a model takes, but a model refuses the others before it builds.
+    """
     while True:
         try:
-            with _quiet_hub():
-                return timm.create_model(config.name, pretrained=pretrained, **options), set(options)
+            return create(**options), set(options)
         except TypeError as error:
             refused = {option for option in options if f"'{option}'" in str(error)}
             if "unexpected keyword" not in str(error) or not refused:
                 raise
             options = {k: v for k, v in options.items() if k not in refused}
-        except OSError as error:
-            raise UserError(
-                f"the weights of `{config.name}` could not be downloaded ({type(error).__name__}); without a "
-                "network, set encoder.weights to a .safetensors or .pth file in timm's names"
-            ) from error
+
+
+@contextlib.contextmanager
+def explained_download(name: str) -> Iterator[None]:
+    """Weights that cannot be downloaded are one line, without the hub client's line for every retry."""
+    try:
+        with _quiet_hub():
+            yield
+    except OSError as error:
+        raise UserError(
+            f"the weights of `{name}` could not be downloaded ({type(error).__name__}); without a "
+            "network, set encoder.weights to a .safetensors or .pth file in timm's names"
+        ) from error
 
 
 @contextlib.contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """Without the hub client's line for every retry: if all fail, that is one line of ours."""
+    """Without the hub client's line for every retry."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -224,6 +224,10 @@ def refuse_training() -> NoReturn:
     raise ValueError("a folded model cannot be trained; train the unfolded one and fold it again")
 
 
+def refuse_folding(obstacle: str) -> NoReturn:
+    raise UsageError(f"this model cannot be folded for inference: {obstacle}; run it unfolded")
+
+
 def folding_obstacle(context: Context | None) -> str | None:
     """The setting that keeps a decoder with this context from being folded, and why; None if it can be."""
     if context is None:
@@ -249,7 +253,7 @@ def fold_decoder(fusion: Fusion, context: Context | None, classify: nn.Conv2d) -
     """
     obstacle = folding_obstacle(context)
     if obstacle is not None:
-        raise UsageError(f"this model cannot be folded for inference: {obstacle}; run it unfolded")
+        refuse_folding(obstacle)
     head = _affine(classify)
     parts: Parts[Affine] = Parts(None, None, None, None, None, head)
     internal = external = None

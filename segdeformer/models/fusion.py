@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segdeformer.config import FaPNConfig, FPNConfig, FusionConfig, MLPFusionConfig, UperNetConfig
+from segdeformer.config import FaPNConfig, FPNConfig, MLPFusionConfig, UperNetConfig
 from segdeformer.errors import UsageError
 from segdeformer.models.fapn import AlignedPyramid
 from segdeformer.models.fpn import FeaturePyramid, PyramidFusion
@@ -69,7 +69,9 @@ Fusion = MLPFusion | UperNetFusion | PyramidFusion
 
 
 def build_fusion(
-    config: FusionConfig, channels: Sequence[int], strides: Sequence[int] = (4, 8, 16, 32)
+    config: MLPFusionConfig | UperNetConfig | FPNConfig | FaPNConfig,
+    channels: Sequence[int],
+    strides: Sequence[int] = (4, 8, 16, 32),
 ) -> Fusion:
     """The fusion that `config.kind` names, for encoder maps of these channels and strides.
 

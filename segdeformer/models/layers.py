@@ -40,6 +40,7 @@ class SegOutput(NamedTuple):
     logits_BKhw: Tensor
     class_logits_BKhw: Tensor | None  # float32, Attn_mid as a map, for L_attn (Eq. 8)
     auxiliary_logits_BKhw: Tensor | None  # training only
+    fused_BChw: Tensor | None = None  # X without its graph; training with momentum tokens only
 
 
 class ConvBNReLU(nn.Sequential):
@@ -64,6 +65,17 @@ class TokenConvBNReLU(nn.Module):
         # BatchNorm's statistics run over B and N, whatever the map's shape.
         map_BCN1 = pixels_BNC.transpose(1, 2).unsqueeze(-1)
         return self.block(map_BCN1).squeeze(-1).transpose(1, 2)
+
+
+def keys_of(projection: nn.Module, x: Tensor) -> Tensor:
+    """Project to keys. A linear projection's bias gets a gradient of exactly 0, which it has in theory.
+
+    It adds the same to all scores of a query, which softmax ignores. Left to rounding, the gradient would be
+    noise, and Adam magnifies noise to full steps, so that equal runs on other machines drift apart.
+    """
+    if not isinstance(projection, nn.Linear) or projection.bias is None:
+        return projection(x)
+    return F.linear(x, projection.weight, projection.bias.detach() + 0.0 * projection.bias)
 
 
 def initialise_decoder(module: nn.Module) -> None:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segdeformer.models.layers import keys_of
+
 # transformers' SegformerModel builds every LayerNorm with PyTorch's default and never reads its own
 # `layer_norm_eps` (1e-6). NVlabs mixes 1e-6 and 1e-5. One value, so that Hugging Face weights agree.
 NORM_EPS = 1e-5
@@ -68,7 +70,7 @@ class EfficientAttention(nn.Module):
     def forward(self, x_BHWC: Tensor) -> Tensor:
         source_BMC = self._reduced(x_BHWC).flatten(1, 2)
         q_BAND = self._split(self.query(x_BHWC.flatten(1, 2)))
-        k_BAMD = self._split(self.key(source_BMC))
+        k_BAMD = self._split(keys_of(self.key, source_BMC))
         v_BAMD = self._split(self.value(source_BMC))
         mixed_BAND = F.scaled_dot_product_attention(q_BAND, k_BAMD, v_BAMD)
         return self.proj(mixed_BAND.transpose(1, 2).reshape(x_BHWC.shape))

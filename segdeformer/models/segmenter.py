@@ -11,15 +11,26 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from segdeformer.config import ModelConfig
+from segdeformer.config import ModelConfig, PeerConfig
+from segdeformer.errors import UsageError
 from segdeformer.kernels.impl import Impl, check_impl
 from segdeformer.models.batch_norms import fused_encoder
 from segdeformer.models.context import Context, ExternalForm, build_context
 from segdeformer.models.encoders import Encoder, build_encoder
-from segdeformer.models.folding import FoldedDecoder, fold_decoder, folding_obstacle, refuse_training
+from segdeformer.models.folding import (
+    FoldedDecoder,
+    fold_decoder,
+    folding_obstacle,
+    refuse_folding,
+    refuse_training,
+)
 from segdeformer.models.fusion import Fusion, build_fusion
 from segdeformer.models.layers import ConvBNReLU, SegOutput, Tokens, initialise_decoder
+from segdeformer.models.momentum import MomentumTokens
+from segdeformer.models.peers import PeerDecoder, PeerEncoder, build_peer
 from segdeformer.models.weights import WeightsReport, load_encoder_weights
+
+PEER_OBSTACLE = 'fusion.kind = "peer", whose decoder is another package\'s'
 
 
 class Head(nn.Module):
@@ -64,13 +75,22 @@ class SegDeformer(nn.Module):
         self.head = head
 
     def forward(self, maps: Sequence[Tensor]) -> SegOutput:
-        tokens: Tokens = self.fusion(maps)
-        class_map = None
+        fused: Tokens = self.fusion(maps)
+        tokens, class_map = fused, None
         if self.context is not None:
-            tokens, class_logits_BNK = self.context(tokens)
+            tokens, class_logits_BNK = self.context(fused)
             if class_logits_BNK is not None:
                 class_map = tokens._replace(pixels_BNC=class_logits_BNK).as_map()
-        return SegOutput(self.head(tokens.as_map()), class_map, None)
+        averaged = self.training and self.momentum_tokens is not None
+        fused_map = fused.as_map().detach() if averaged else None
+        return SegOutput(self.head(tokens.as_map()), class_map, None, fused_map)
+
+    @property
+    def momentum_tokens(self) -> MomentumTokens | None:
+        """The external tokens, if they are class means that a training step must update."""
+        external = None if self.context is None else self.context.external
+        tokens = None if external is None else external.tokens
+        return tokens if isinstance(tokens, MomentumTokens) else None
 
     def fold(self) -> FoldedDecoder:
         """The decoder for inference only, with the same logits; see `Segmenter.fold`."""
@@ -86,8 +106,8 @@ class Segmenter(nn.Module):
     def __init__(
         self,
         *,
-        encoder: Encoder,
-        decoder: SegDeformer | FoldedDecoder,
+        encoder: Encoder | PeerEncoder,
+        decoder: SegDeformer | FoldedDecoder | PeerDecoder,
         auxiliary: AuxiliaryHead | None = None,
         weights_report: WeightsReport | None = None,
     ) -> None:
@@ -114,11 +134,18 @@ class Segmenter(nn.Module):
         """
         if isinstance(self.decoder, FoldedDecoder):
             return self
+        if isinstance(self.decoder, PeerDecoder) or isinstance(self.encoder, PeerEncoder):
+            refuse_folding(PEER_OBSTACLE)
         decoder = self.decoder.fold()
         folded = Segmenter(
             encoder=fused_encoder(self.encoder), decoder=decoder, weights_report=self.weights_report
         )
         return folded.eval().requires_grad_(False)
+
+    @property
+    def momentum_tokens(self) -> MomentumTokens | None:
+        """As the decoder's; a training step updates them by the class sums of `SegOutput.fused_BChw`."""
+        return self.decoder.momentum_tokens if isinstance(self.decoder, SegDeformer) else None
 
     @property
     def is_folded(self) -> bool:
@@ -127,7 +154,13 @@ class Segmenter(nn.Module):
     @property
     def folding_obstacle(self) -> str | None:
         """The setting that keeps this model from being folded, and why; None if it can be or is."""
-        return None if isinstance(self.decoder, FoldedDecoder) else folding_obstacle(self.decoder.context)
+        match self.decoder:
+            case FoldedDecoder():
+                return None
+            case PeerDecoder():
+                return PEER_OBSTACLE
+            case _:
+                return folding_obstacle(self.decoder.context)
 
     def train(self, mode: bool = True) -> Self:
         if mode and self.is_folded:
@@ -148,7 +181,10 @@ def build_decoder(
     strides: of the encoder maps; only fusions `fpn` and `fapn`, and a neck, depend on them.
     impl: see `segdeformer.kernels.impl`. external_form `plain` runs Eq. 7 as printed instead of in
     its exact low-rank form. Neither changes results beyond rounding.
+    Raises `UsageError` for a peer, whose decoder comes with an encoder of its own.
     """
+    if isinstance(config.fusion, PeerConfig):
+        raise UsageError('`model.fusion.kind` = "peer" is a whole model; use `build_model`')
     context = None
     if config.context is not None:
         context = build_context(
@@ -172,19 +208,37 @@ def build_model(
 
     Options as in `build_decoder`. Raises `UserError` when the encoder or its weights cannot be had.
     """
-    encoder = build_encoder(config.encoder)
-    from_file = config.encoder.weights not in ("none", "timm")
-    report = load_encoder_weights(encoder, config.encoder.weights) if from_file else None
-    decoder = build_decoder(
-        config, encoder.channels, strides=encoder.strides, impl=impl, external_form=external_form
-    )
+    encoder: Encoder | PeerEncoder
+    decoder: SegDeformer | PeerDecoder
+    if isinstance(config.fusion, PeerConfig):
+        encoder, decoder = build_peer(config)
+        report = _encoder_report(encoder, config)
+    else:
+        encoder = build_encoder(config.encoder)
+        report = _encoder_report(encoder, config)
+        decoder = build_decoder(
+            config, encoder.channels, strides=encoder.strides, impl=impl, external_form=external_form
+        )
     auxiliary = None
     if config.auxiliary is not None:
+        in_channels = encoder.channels[config.auxiliary.stage - 1]
+        if not in_channels:  # of a peer with fewer than four maps
+            raise UsageError(
+                f"`model.auxiliary.stage`: this encoder has no stage {config.auxiliary.stage}; take an "
+                "earlier one"
+            )
         auxiliary = AuxiliaryHead(
-            encoder.channels[config.auxiliary.stage - 1],
+            in_channels,
             config.num_classes,
             stage=config.auxiliary.stage,
             width=config.auxiliary.width,
             dropout=config.head.dropout,
         )
     return Segmenter(encoder=encoder, decoder=decoder, auxiliary=auxiliary, weights_report=report)
+
+
+def _encoder_report(encoder: Encoder | PeerEncoder, config: ModelConfig) -> WeightsReport | None:
+    """Load the encoder's weights file, if the recipe names one."""
+    if config.encoder.weights in ("none", "timm"):
+        return None
+    return load_encoder_weights(encoder, config.encoder.weights)

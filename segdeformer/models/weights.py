@@ -21,6 +21,7 @@ from torch import Tensor
 from segdeformer.errors import UsageError, UserError
 from segdeformer.models.encoders import Encoder, TimmEncoder
 from segdeformer.models.mit import MIT_SIZES, MiT
+from segdeformer.models.peers import PeerEncoder
 
 # huggingface: transformers 4, and the files that any version of it writes.
 # transformers5: what the modules are called inside transformers 5.
@@ -111,7 +112,7 @@ class Recognised(NamedTuple):
     names: dict[str, list[str]]
 
 
-def load_encoder_weights(encoder: Encoder, source: str | Path) -> WeightsReport:
+def load_encoder_weights(encoder: Encoder | PeerEncoder, source: str | Path) -> WeightsReport:
     """Fill the encoder from a .safetensors, .pth, .pt or .bin file, and say what was and was not used.
 
     Position grids and tables of relative positions are resampled to the encoder's size. Raises
@@ -235,7 +236,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-def _recognise(encoder: Encoder, tensors: Mapping[str, Tensor]) -> Recognised:
+def _recognise(encoder: Encoder | PeerEncoder, tensors: Mapping[str, Tensor]) -> Recognised:
     """The style and prefix under which the file holds most of the encoder's tensors."""
     prefixes = sorted({prefix for name in tensors for prefix in _wrapper_prefixes(name)}) or [""]
     styles = _styles(encoder)
@@ -243,7 +244,7 @@ def _recognise(encoder: Encoder, tensors: Mapping[str, Tensor]) -> Recognised:
     return max(candidates, key=lambda c: sum(c.prefix + name in tensors for name in c.names))
 
 
-def _share(encoder: Encoder, tensors: Mapping[str, Tensor], found: Recognised) -> float:
+def _share(encoder: Encoder | PeerEncoder, tensors: Mapping[str, Tensor], found: Recognised) -> float:
     """The part of the encoder's parameters whose names are in the file."""
     sizes = {name: parameter.numel() for name, parameter in encoder.named_parameters()}
     named = [
@@ -252,14 +253,26 @@ def _share(encoder: Encoder, tensors: Mapping[str, Tensor], found: Recognised) -
     return sum(sizes.get(name, 0) for name in named) / sum(sizes.values())
 
 
-def _styles(encoder: Encoder) -> Iterator[tuple[str, dict[str, list[str]]]]:
+def _styles(encoder: Encoder | PeerEncoder) -> Iterator[tuple[str, dict[str, list[str]]]]:
     names = list(encoder.state_dict())
     yield "segdeformer", {name: [name] for name in names}
     if isinstance(encoder, TimmEncoder):
         yield "timm", {name.removeprefix("backbone."): [name] for name in names}
+    elif isinstance(encoder, PeerEncoder):
+        yield from _peer_styles(names)
     else:
         for style in STYLES:
             yield style, mit_names(encoder, style)
+
+
+def _peer_styles(names: list[str]) -> Iterator[tuple[str, dict[str, list[str]]]]:
+    yield "segmentation_models_pytorch", {name.removeprefix("backbone."): [name] for name in names}
+    # It keeps a timm model under `model`, and timm may have made a list of it: stages.0 is stages_0 then.
+    timm_names = {name: name.removeprefix("backbone.model.") for name in names}
+    yield (
+        "timm",
+        {re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", theirs): [name] for name, theirs in timm_names.items()},
+    )
 
 
 def _wrapper_prefixes(name: str) -> Iterator[str]:
@@ -276,7 +289,9 @@ def _as_linear(value: Tensor, shape: torch.Size) -> Tensor:
     return value.flatten(1) if value.shape == (*shape, 1, 1) else value
 
 
-def _resample(encoder: Encoder, style: str, name: str, value: Tensor, shape: torch.Size) -> Tensor:
+def _resample(
+    encoder: Encoder | PeerEncoder, style: str, name: str, value: Tensor, shape: torch.Size
+) -> Tensor:
     """Fit position grids and tables of relative positions to the encoder's; return others as they are."""
     if not isinstance(encoder, TimmEncoder):
         return value
