@@ -14,9 +14,10 @@ import torch
 import triton
 
 from segdeformer.kernels.clock import synchronize
+from segdeformer.kernels.commit import commit
 from segdeformer.kernels.launch import interpreting
 from segdeformer.kernels.tiles import architecture_of, gpu_slug
-from segdeformer.kernels.tuned_file import commit, kernel_sources
+from segdeformer.kernels.tuned_file import kernel_sources
 
 RESULTS = Path(__file__).parent / "results"
 MATMUL_SIZE = 8192

@@ -11,7 +11,7 @@ import typer
 from segdeformer.cli.errors import one_line_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import torch
     from rich.console import Console
@@ -20,27 +20,168 @@ if TYPE_CHECKING:
     from segdeformer.kernels.tune_problems import Problem
 
 
+TABLES, SPEED, TUNING = "With --params and --fps", "With --fps", "With --tune"  # headings of --help
+TAKES = {  # which parameters each kind of measurement looks at
+    "--params": ("models", "json_file", "markdown_file"),
+    "--fps": (
+        *("models", "against", "json_file", "markdown_file", "size", "batch", "dtype", "impl", "fold"),
+        *("compile_", "cuda_graphs", "channels_last", "argmax", "memory", "warmup", "rounds", "seconds"),
+        "device",
+    ),
+    "--tune": ("out", "seconds", "again", "device"),
+}
+
+
 @one_line_errors
 def bench_command(
+    context: typer.Context,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Recipes, run folders or checkpoints, each with changes if you like: runs/a,no-fold",
+        ),
+    ] = None,
+    params: Annotated[
+        bool, typer.Option("--params", help="Count parameters: of the paper's rows, or of the models given.")
+    ] = False,
+    fps: Annotated[
+        bool, typer.Option("--fps", help="Time, FLOPs and memory of models side by side.")
+    ] = False,
     tune: Annotated[
         bool, typer.Option("--tune", help="Find this GPU's fastest tiles, and where they beat PyTorch.")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Write a copy of the measurements here, to share or to ship.")
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:N; for --tune cuda or cuda:N.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write everything here.", rich_help_panel=TABLES)
+    ] = None,
+    markdown_file: Annotated[
+        Path | None, typer.Option("--markdown", help="Write the tables here.", rich_help_panel=TABLES)
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL|CHANGE",
+            help="One more model, or the first one changed: impl=reference, no-fold, dtype=bfloat16, "
+            "form=plain, compile, cuda-graphs, channels-last; several with commas. May be repeated.",
+            rich_help_panel=SPEED,
+        ),
+    ] = None,
+    size: Annotated[
+        tuple[int, int] | None,
+        typer.Option(
+            min=1,
+            metavar="H W",
+            help="Of images, in px. Default: 512 512, on a CPU 256 256.",
+            rich_help_panel=SPEED,
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.", rich_help_panel=SPEED)] = 1,
+    dtype: Annotated[
+        str, typer.Option(help="float32, float16 or bfloat16.", rich_help_panel=SPEED)
+    ] = "float32",
+    impl: Annotated[
+        str,
+        typer.Option(help="auto, triton, sdpa, blocks or reference attention.", rich_help_panel=SPEED),
+    ] = "auto",
+    fold: Annotated[
+        bool | None,
+        typer.Option(
+            "--fold/--no-fold", help="Fold for inference. Default: wherever it can be.", rich_help_panel=SPEED
+        ),
+    ] = None,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Through torch.compile.", rich_help_panel=SPEED)
+    ] = False,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="As one CUDA graph; needs a GPU.", rich_help_panel=SPEED)
+    ] = False,
+    channels_last: Annotated[
+        bool,
+        typer.Option(
+            "--channels-last", help="Images and weights in that memory order.", rich_help_panel=SPEED
+        ),
+    ] = False,
+    argmax: Annotated[
+        bool,
+        typer.Option("--argmax", help="Up to each pixel's class at the image's size.", rich_help_panel=SPEED),
+    ] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Measure peak memory.", rich_help_panel=SPEED)
+    ] = True,
+    warmup: Annotated[
+        int, typer.Option(min=1, help="Passes of each model before it is timed.", rich_help_panel=SPEED)
+    ] = 3,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="So many rounds instead of --seconds.", rich_help_panel=SPEED)
     ] = None,
     seconds: Annotated[
-        float, typer.Option(min=1, help="Stop after about so long; a second run goes on from there.")
-    ] = 300.0,
+        float | None,
+        typer.Option(
+            min=1,
+            help="--fps: time for about so long (default 20). --tune: stop after about so long (default "
+            "300); a second run goes on from there.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a copy of the measurements here, to share or to ship.", rich_help_panel=TUNING
+        ),
+    ] = None,
     again: Annotated[
-        bool, typer.Option("--again", help="Measure everything anew instead of going on.")
+        bool,
+        typer.Option("--again", help="Measure everything anew instead of going on.", rich_help_panel=TUNING),
     ] = False,
-    device: Annotated[str, typer.Option(help="cuda or cuda:N.")] = "cuda",
 ) -> None:
-    """Measure on this machine: --tune chooses the Triton kernels' tiles for its GPU."""
+    """Measure on this machine: parameters, speed and memory, or the Triton kernels' tiles for its GPU."""
+    kinds = {"--params": params, "--fps": fps, "--tune": tune}
+    _check(context, [name for name, wanted in kinds.items() if wanted])
+    if params:
+        from segdeformer.cli.bench_params import bench_params
+
+        bench_params(models or [], json_file, markdown_file)
+    elif fps:
+        from segdeformer.cli.bench_fps import FpsFlags, bench_fps
+
+        changes = {"compile": compile_, "cuda-graphs": cuda_graphs, "channels-last": channels_last}
+        flags = FpsFlags(
+            changes=[f"dtype={dtype}", f"impl={impl}", *(name for name, on in changes.items() if on)],
+            fold=fold,
+            size=size,
+            batch=batch,
+            warmup=warmup,
+            rounds=rounds,
+            seconds=20.0 if seconds is None else seconds,
+            argmax=argmax,
+            memory=memory,
+        )
+        bench_fps(models or [], against or [], flags, device or "auto", json_file, markdown_file)
+    else:
+        _tune(out, 300.0 if seconds is None else seconds, again, device or "cuda")
+
+
+def _check(context: typer.Context, kinds: Sequence[str]) -> None:
+    """Raise `UsageError` unless one kind of measurement is asked for, with options that are for it."""
     from segdeformer.errors import UsageError
 
-    if not tune:
-        raise UsageError("nothing to measure: `segdeformer bench --tune` is what there is in this version")
+    if not kinds:
+        raise UsageError("nothing to measure: give --params, --fps or --tune")
+    if len(kinds) > 1:
+        raise UsageError(f"{' and '.join(kinds)} are measured one at a time; give one of them")
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        given = source is not None and source.name == "COMMANDLINE"
+        if given and option.name not in (*TAKES[kinds[0]], *(kind[2:] for kind in kinds)):
+            takers = [kind for kind, names in TAKES.items() if option.name in names]
+            name = option.opts[0] if option.param_type_name == "option" else "a MODEL"
+            raise UsageError(f"{name} is for {' and '.join(takers)}; leave it out with {kinds[0]}")
+
+
+def _tune(out: Path | None, seconds: float, again: bool, device: str) -> None:
+    """Measure until the time is over."""
     chosen = _gpu(device)
 
     import torch

@@ -11,7 +11,6 @@ import datetime
 import hashlib
 import json
 import re
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +19,9 @@ from typing import Any
 import torch
 import triton
 
-from segdeformer import __version__
 from segdeformer.errors import UserError
 from segdeformer.files import write_text
+from segdeformer.kernels.commit import commit
 from segdeformer.kernels.tiles import Choice, Tile, architecture_of, forget_tables
 from segdeformer.kernels.tune_problems import Problem
 
@@ -146,19 +145,3 @@ def kernel_sources() -> str:
     for path in sorted(path for name in names for path in KERNEL_FOLDER.glob(name)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def commit() -> str:
-    """The checkout's commit, `-dirty` with changes; outside of a checkout the version."""
-    if not (KERNEL_FOLDER.parent / ".git").exists():
-        return f"version {__version__}"
-    try:
-        answer = subprocess.run(
-            ["git", "-C", str(KERNEL_FOLDER), "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return answer.stdout.strip()

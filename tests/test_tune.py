@@ -224,7 +224,7 @@ def test_one_wrong_row_among_many_shows():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "error: nothing to measure: `segdeformer bench --tune` is what there is in this version"),
+        ([], "error: nothing to measure: give --params, --fps or --tune"),
         (["--tune"], "error: bench --tune measures Triton kernels on a CUDA GPU, and PyTorch sees none here"),
         (["--tune", "--device", "cuda:3"], "error: bench --tune measures Triton kernels on a CUDA GPU, and"),
     ],

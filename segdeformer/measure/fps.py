@@ -1,0 +1,184 @@
+"""Several models or ways to run one, side by side: time, FLOPs, memory, and the paper's speeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from segdeformer.config import Recipe, load_recipe
+from segdeformer.engine.device import explained_shortage
+from segdeformer.errors import UserError
+from segdeformer.kernels.clock import synchronize
+from segdeformer.kernels.impl import describe_impl
+from segdeformer.measure.contenders import Built, Contender, build, check_setting, make_run, random_images
+from segdeformer.measure.flops import Flops, model_flops, printed_flops
+from segdeformer.measure.machine import Machine, this_machine
+from segdeformer.measure.memory import Memory, measure_memory
+from segdeformer.measure.paper import PaperSpeed, paper_speeds
+from segdeformer.measure.parameters import count_recipe
+from segdeformer.measure.parts import Split
+from segdeformer.measure.skeleton import without_weights
+from segdeformer.measure.speed import SPLIT_PASSES, Latency, Length, alternating_ms, latency, split_ms
+
+# Table 7's, with which the paper makes its point.
+TRIO = ("ade20k-segformer-b2", "ade20k-segdeformer-b2", "ade20k-segdeformer-b2-efficient")
+SIZE_ON_GPU, SIZE_ON_CPU = (512, 512), (256, 256)
+LESS = "take fewer models, or a smaller --size or --batch"
+
+
+class Options(NamedTuple):
+    """What all models of a comparison have in common. argmax: up to each pixel's class."""
+
+    batch: int
+    size: tuple[int, int]
+    argmax: bool
+    warmup: int
+    length: Length
+    memory: bool
+
+
+class Measured(NamedTuple):
+    """One model in one setting."""
+
+    contender: Contender
+    recipe: str
+    folding: str
+    impl: str  # what `auto` stands for here
+    parameters: int  # trained ones, as `--params` counts
+    flops: Flops
+    printed_flops: int
+    latency: Latency
+    split_ms: Split[float]  # of eager passes
+    memory: Memory | None
+    paper: PaperSpeed | None  # where the recipe is a row of Table 7
+
+
+class Comparison(NamedTuple):
+    machine: Machine
+    device: str
+    options: Options
+    measured: list[Measured]
+
+    @property
+    def base(self) -> Measured:
+        """Whose speed is 1: SegFormer-B2, as in the paper, where it is here; else the first."""
+        bases = [m for m in self.measured if m.paper is not None and m.paper.relative == 1]
+        return (bases or self.measured)[0]
+
+    def relative_speed(self, one: Measured) -> float:
+        """How many times the base's images per second, by medians of alternating rounds."""
+        return self.base.latency.p50_ms / one.latency.p50_ms
+
+    def paper_speed(self, one: Measured) -> float | None:
+        """The same ratio in Table 7; None where one of the two is not in it."""
+        if one.paper is None or self.base.paper is None:
+            return None
+        return one.paper.relative / self.base.paper.relative
+
+
+@torch.inference_mode()
+def compare(
+    contenders: Sequence[Contender],
+    options: Options,
+    device: torch.device,
+    *,
+    say: Callable[[str], None],
+) -> Comparison:
+    """Measure all. `say` is told what is being done.
+
+    Raises `UserError` when one cannot be had or does not run so.
+    """
+    for contender in contenders:
+        check_setting(contender, device)
+    machine = this_machine(device)
+    models = []
+    for contender in contenders:
+        say(f"building {contender.label}")
+        with explained_shortage(LESS):
+            models.append(build(contender, device))
+    memories = {}
+    for built in models:
+        label = built.contender.label
+        say(f"memory of {label}")
+        memories[label] = _memory(built, options) if options.memory else None
+    times_ms = _times(models, options, device, say)
+    measured = []
+    for built in models:
+        label = built.contender.label
+        say(f"parts of {label}")
+        measured.append(_measured(built, times_ms[label], memories[label], options, device))
+    return Comparison(machine, str(device), options, measured)
+
+
+def _memory(built: Built, options: Options) -> Memory:
+    with _explained(built.contender.label):
+        return measure_memory(built, batch=options.batch, size=options.size, argmax=options.argmax)
+
+
+def _times(
+    models: Sequence[Built], options: Options, device: torch.device, say: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """Milliseconds of each round by label."""
+    runs = {}
+    for built in models:
+        label, setting = built.contender.label, built.contender.setting
+        say(f"warming up {label}")
+        images_B3HW = random_images(options.batch, options.size, setting, device)
+        with _explained(label):
+            runs[label] = make_run(built, images_B3HW, argmax=options.argmax)
+            for _ in range(options.warmup):
+                runs[label]()
+            synchronize(device)
+    times_ms: dict[str, list[float]] = {label: [] for label in runs}
+    for number, round_ms in enumerate(
+        alternating_ms(runs, length=options.length, wait=partial(synchronize, device)), start=1
+    ):
+        for label, ms in round_ms.items():
+            times_ms[label].append(ms)
+        say(f"round {number}: " + ", ".join(f"{ms:.1f}" for ms in round_ms.values()) + " ms")
+    return times_ms
+
+
+@contextmanager
+def _explained(label: str) -> Iterator[None]:
+    """Turn what PyTorch raises in a model's first passes into a `UserError` that names the model."""
+    try:
+        with explained_shortage(LESS):
+            yield
+    except UserError as error:
+        raise UserError(f"{label}: {error}") from None
+    except (RuntimeError, ValueError) as error:  # a dtype without a kernel, a missing compiler, ...
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{label} does not run in this setting: {reason}") from None
+
+
+def _measured(
+    built: Built, times_ms: Sequence[float], memory: Memory | None, options: Options, device: torch.device
+) -> Measured:
+    setting, recipe = built.contender.setting, built.recipe
+    images_B3HW = random_images(options.batch, options.size, setting, device)
+    return Measured(
+        contender=built.contender,
+        recipe=recipe.name,
+        folding=built.folding,
+        impl=describe_impl(setting.impl, device),
+        parameters=count_recipe(recipe).total,
+        flops=model_flops(built.model, batch=options.batch, size=options.size),
+        printed_flops=printed_flops(recipe.model, batch=options.batch, size=options.size),
+        latency=latency(times_ms, batch=options.batch),
+        split_ms=split_ms(built.model, images_B3HW, passes=min(len(times_ms), SPLIT_PASSES)),
+        memory=memory,
+        paper=_paper_speed(recipe),
+    )
+
+
+def _paper_speed(recipe: Recipe) -> PaperSpeed | None:
+    """Table 7's, if the model is that of one of its recipes, wherever its weights come from."""
+    speed = paper_speeds().get(recipe.name)
+    if speed is None or without_weights(load_recipe(recipe.name).model) != without_weights(recipe.model):
+        return None
+    return speed

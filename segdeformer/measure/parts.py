@@ -1,0 +1,68 @@
+"""The parts of a model that are measured one by one: encoder, fusion, context, head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from torch import nn
+
+from segdeformer.models.segmenter import Segmenter
+
+T = TypeVar("T")
+
+
+class Split(NamedTuple, Generic[T]):
+    """A forward pass by its parts; what the decoder does outside of fusion and head is context.
+
+    head: None for a folded model, whose head is part of what computes the context.
+    """
+
+    encoder: T
+    fusion: T
+    context: T
+    head: T | None
+
+
+class Reading(NamedTuple, Generic[T]):
+    """A meter (a clock, a counter) before and after a part."""
+
+    before: T
+    after: T
+
+
+@contextmanager
+def metered(model: Segmenter, read: Callable[[], T]) -> Iterator[dict[str, Reading[T]]]:
+    """Read a meter around the encoder, the decoder, its fusion and its head, as often as they run inside.
+
+    What it gives holds the last pass.
+    """
+    readings: dict[str, Reading[T]] = {}
+    modules: dict[str, nn.Module] = {"encoder": model.encoder, "decoder": model.decoder}
+    modules |= {name: part for name, part in model.decoder.named_children() if name in ("fusion", "head")}
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            for handle in _hooks(name, module, read, readings):
+                stack.callback(handle.remove)
+        yield readings
+
+
+def _hooks(
+    name: str, module: nn.Module, read: Callable[[], T], readings: dict[str, Reading[T]]
+) -> tuple[Any, Any]:
+    def before(module: nn.Module, inputs: object) -> None:
+        now = read()
+        readings[name] = Reading(now, now)
+
+    def after(module: nn.Module, inputs: object, output: object) -> None:
+        readings[name] = readings[name]._replace(after=read())
+
+    return module.register_forward_pre_hook(before), module.register_forward_hook(after)
+
+
+def split_of(spent: Mapping[str, int]) -> Split[int]:
+    """The split of whole numbers (FLOPs, nanoseconds) that `metered` modules took."""
+    head = spent.get("head")
+    context = spent["decoder"] - spent["fusion"] - (head or 0)
+    return Split(spent["encoder"], spent["fusion"], context, head)

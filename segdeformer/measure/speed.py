@@ -1,0 +1,117 @@
+"""How long runs take: several in alternation, so that what drifts hits all alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from segdeformer.kernels.clock import synchronize
+from segdeformer.measure.parts import Reading, Split, metered, split_of
+from segdeformer.models.segmenter import Segmenter
+
+LEAST_ROUNDS = 5
+MOST_ROUNDS = 500
+SPLIT_PASSES = 5
+
+Clock = Callable[[], float]  # seconds
+
+
+class Latency(NamedTuple):
+    """Of one run after another, each waited for."""
+
+    p50_ms: float
+    p95_ms: float
+    images_per_s: float  # at p50
+    num_rounds: int
+
+
+class Length(NamedTuple):
+    """How long to measure: so many rounds, or as many as fit the seconds (5 to 500)."""
+
+    rounds: int | None
+    seconds: float
+
+    def is_over(self, num_rounds: int, elapsed_s: float) -> bool:
+        if self.rounds is not None:
+            return num_rounds >= self.rounds
+        return num_rounds >= MOST_ROUNDS or (num_rounds >= LEAST_ROUNDS and elapsed_s >= self.seconds)
+
+
+def alternating_ms(
+    runs: Mapping[str, Callable[[], object]],
+    *,
+    length: Length,
+    wait: Callable[[], None],
+    clock: Clock = time.perf_counter,
+) -> Iterator[dict[str, float]]:
+    """Milliseconds of each run, round by round: first, second, ..., first, second, ...
+
+    wait: returns when the device has done all that it was given.
+    """
+    began = clock()
+    num_rounds = 0
+    while not length.is_over(num_rounds, clock() - began):
+        yield {name: _elapsed_ms(run, wait, clock) for name, run in runs.items()}
+        num_rounds += 1
+
+
+def _elapsed_ms(run: Callable[[], object], wait: Callable[[], None], clock: Clock) -> float:
+    wait()
+    began = clock()
+    run()
+    wait()
+    return 1000 * (clock() - began)
+
+
+def latency(times_ms: Sequence[float], *, batch: int) -> Latency:
+    """What the rounds of one run say."""
+    p50_ms = percentile(times_ms, 50)
+    return Latency(p50_ms, percentile(times_ms, 95), 1000 * batch / p50_ms, len(times_ms))
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The value that so many percent lie below, interpolated between neighbours; 50 is the median."""
+    ordered = sorted(values)
+    place = percent / 100 * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def split_ms(model: Segmenter, images_B3HW: Tensor, *, passes: int) -> Split[float]:
+    """Milliseconds of each part, the median of some passes of the plain model (not compiled, no graph)."""
+    splits = [_one_split(model, images_B3HW) for _ in range(passes)]
+    encoder, fusion, context = (
+        statistics.median(getattr(split, part) for split in splits) / 1e6
+        for part in ("encoder", "fusion", "context")
+    )
+    heads = [split.head for split in splits if split.head is not None]
+    return Split(encoder, fusion, context, statistics.median(heads) / 1e6 if heads else None)
+
+
+def _one_split(model: Segmenter, images_B3HW: Tensor) -> Split[int]:
+    """In nanoseconds."""
+    device = images_B3HW.device
+    if device.type == "cuda":
+        with metered(model, lambda: _recorded_event(device)) as events:
+            model(images_B3HW)
+        synchronize(device)
+        return split_of({name: _event_ns(reading) for name, reading in events.items()})
+    with metered(model, time.perf_counter_ns) as readings:
+        model(images_B3HW)
+    return split_of({name: reading.after - reading.before for name, reading in readings.items()})
+
+
+def _recorded_event(device: torch.device) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _event_ns(reading: Reading[torch.cuda.Event]) -> int:
+    return round(1e6 * reading.before.elapsed_time(reading.after))
