@@ -1,14 +1,15 @@
 """Checkpoints: one safetensors file with the weights, the resolved recipe and the classes inside.
 
-A run folder holds `last.safetensors`, `best.safetensors`, `recipe.toml`, `metrics.jsonl`, and
-`state-<iteration>.pt` with the optimiser's state that belongs to `last.safetensors`.
+A run folder holds `last.safetensors`, `best.safetensors`, `recipe.toml`, `metrics.jsonl`, and under
+`checkpoints/` what a resumed run goes on from (see `saves`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import pickle
+import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from segdeformer.models.segmenter import Segmenter, build_model
 
 FORMAT = "segdeformer-1"
 METADATA_KEY = "segdeformer"
-LAST, BEST = "last.safetensors", "best.safetensors"
+LAST, BEST, MODEL = "last.safetensors", "best.safetensors", "model.safetensors"
 RUNS = Path("runs")
 
 
@@ -39,6 +40,7 @@ class Checkpoint(NamedTuple):
     best_miou: float | None
     validation_due: bool  # stopped before the validation of this iteration was done
     folded: bool  # for inference only, see `Segmenter.fold`
+    license: str | None = None  # of the weights, where they were converted from another project's
 
 
 class Loaded(NamedTuple):
@@ -80,6 +82,7 @@ def save(path: str | Path, model: Segmenter, checkpoint: Checkpoint) -> None:
         classes=checkpoint.classes,
         iteration=checkpoint.iteration,
         best_miou=checkpoint.best_miou,
+        license=checkpoint.license,
     )
 
 
@@ -95,7 +98,7 @@ def saved_model(checkpoint: Checkpoint, *, impl: Impl = "auto") -> Segmenter:
 
 
 def find_checkpoint(path: str | Path | None) -> Path:
-    """The checkpoint that a file, a run folder, or nothing (the newest run under runs/) stands for."""
+    """The checkpoint that a file, a run or checkpoint folder, or nothing (the newest run of runs/) means."""
     if path is None:
         path = newest_run()
     path = Path(path)
@@ -103,7 +106,7 @@ def find_checkpoint(path: str | Path | None) -> Path:
         return path
     if not path.is_dir():
         raise UserError(f"no checkpoint {path}: neither a file nor a run folder")
-    for name in (BEST, LAST):
+    for name in (BEST, LAST, MODEL):
         if (path / name).is_file():
             return path / name
     raise UserError(f"{path} holds no checkpoint ({BEST} or {LAST}); was it trained to its first save?")
@@ -126,6 +129,7 @@ def save_checkpoint(
     iteration: int,
     best_miou: float | None,
     validation_due: bool = False,
+    license: str | None = None,
 ) -> None:
     """Write weights, recipe and classes as one file, whole or not at all.
 
@@ -146,13 +150,21 @@ def save_checkpoint(
         "validation_due": validation_due,
         "folded": model.is_folded,
     }
+    if license is not None:
+        about["license"] = license
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with replacing(path) as aside:
         try:
             # One key: safetensors writes several in random order, and equal runs should make equal files.
             save_file(weights, aside, {METADATA_KEY: json.dumps(about)})
         except SafetensorError as error:  # a full disk arrives as this
-            raise OSError(None, str(error)) from None
+            raise _system_error(error) from None
+
+
+def _system_error(error: SafetensorError) -> OSError:
+    """The operating system's error inside one of safetensors."""
+    code = re.search(r"os error (\d+)", str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(None, str(error))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -179,6 +191,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         best_miou=about["best_miou"],
         validation_due=about["validation_due"],
         folded=about.get("folded", False),  # files from before folding lack it
+        license=about.get("license"),
     )
 
 
@@ -204,35 +217,3 @@ def file_sha256(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def save_state(run: Path, optimizer: torch.optim.Optimizer, iteration: int) -> None:
-    """Write the optimiser's state for this iteration; `drop_old_states` removes the older ones."""
-    with replacing(state_path(run, iteration)) as aside:
-        try:
-            torch.save({"iteration": iteration, "optimizer": optimizer.state_dict()}, aside)
-        except RuntimeError as error:  # a full disk arrives as this
-            raise OSError(None, str(error).splitlines()[0]) from None
-
-
-def load_state(run: Path, optimizer: torch.optim.Optimizer, iteration: int) -> None:
-    """Give the optimiser the state that belongs to `last.safetensors`."""
-    path = state_path(run, iteration)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read ({reason}); this run cannot be resumed") from None
-
-
-def drop_old_states(run: Path, iteration: int) -> None:
-    """Remove the states of other iterations, once `last.safetensors` points to this one."""
-    for path in run.glob("state-*.pt"):
-        if path != state_path(run, iteration):
-            path.unlink(missing_ok=True)
-
-
-def state_path(run: Path, iteration: int) -> Path:
-    """Where the optimiser's state of an iteration lies."""
-    return run / f"state-{iteration:07d}.pt"

@@ -36,6 +36,7 @@ def write_scorecard(
             "sha256": file_sha256(checkpoint.path),
             "recipe": checkpoint.recipe.name,
             "iteration": checkpoint.iteration,
+            "license": checkpoint.license,
         },
         "versions": {
             "segdeformer": segdeformer.__version__,

@@ -1,0 +1,197 @@
+"""`segdeformer convert`: models of NVlabs, mmsegmentation and Hugging Face into ours, and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from segdeformer.cli.errors import one_line_errors
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from segdeformer.bridge.imports import Imported
+    from segdeformer.bridge.parity import Parity
+
+Project = Literal["nvlabs", "mmseg", "huggingface"]
+
+
+@one_line_errors
+def convert_command(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A model file, or a folder of Hugging Face; with --to a run or checkpoint of ours."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="The new checkpoint (.safetensors); with --to a .pth file, or a folder.")
+    ],
+    to: Annotated[Project | None, typer.Option(help="Write one of our checkpoints for this project.")] = None,
+    from_: Annotated[
+        Literal["auto", "nvlabs", "mmseg", "huggingface"],
+        typer.Option("--from", help="Whose names the file has; auto recognises them."),
+    ] = "auto",
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A recipe, or a TOML file, with the model of the file; default: deduced."),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="ade20k, cityscapes, coco_stuff or a TOML file of class names; default: the file's."
+        ),
+    ] = None,
+    license_: Annotated[
+        str | None, typer.Option("--license", help="Of the weights; default: what the published ones have.")
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(
+            help="Of several copies of a model in the file, the one whose names begin so: ema_model."
+        ),
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check", help="Compare with the project's library, where that is installed."
+        ),
+    ] = True,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write what was used, left out and compared here.")
+    ] = None,
+) -> None:
+    """Convert SegFormer and UperNet models of other projects into a checkpoint for eval, predict and train.
+
+    Every tensor of the file is used, or listed with the reason why not; anything else is an error.
+    """
+    from segdeformer.errors import UsageError
+
+    if to is not None:
+        given = {"--from": from_ != "auto", "--recipe": recipe, "--classes": classes, "--prefix": prefix}
+        if extra := next((name for name, value in given.items() if value), None):
+            raise UsageError(f"{extra} is for files of other projects; leave it out with --to")
+        _export(source, out, to=to, license_text=license_, check=check, json_file=json_file)
+        return
+    if out.suffix != ".safetensors" or out.is_dir():
+        raise UsageError(f"--out {out}: a checkpoint is a .safetensors file")
+    from segdeformer.bridge.imports import import_model, report_values
+    from segdeformer.bridge.labels import forbids_commerce
+    from segdeformer.bridge.parity import check_parity
+    from segdeformer.cli.show import make_console
+    from segdeformer.engine.checkpoint import save_checkpoint
+    from segdeformer.files import write_text
+
+    imported = import_model(
+        source,
+        project=None if from_ == "auto" else from_,
+        prefix=prefix,
+        recipe_name=recipe,
+        classes=classes,
+        license_text=license_,
+    )
+    console = make_console()
+    _describe(console, imported)
+    parity = None
+    if check:
+        parity = check_parity(
+            imported.model, imported.naming, imported.source.tensors, imported.source.huggingface_config
+        )
+        _describe_parity(console, parity)
+    save_checkpoint(
+        out,
+        imported.model,
+        recipe=imported.recipe,
+        classes=imported.classes.table,
+        iteration=imported.source.iteration,
+        best_miou=None,
+        license=imported.license,
+    )
+    if forbids_commerce(imported.license):
+        console.print(
+            f"warning: the weights may not be used commercially: {imported.license}", style="yellow"
+        )
+    if json_file is not None:
+        values = report_values(imported) | {"out": str(out), "parity": parity and parity._asdict()}
+        write_text(json_file, json.dumps(values, indent=2) + "\n")
+        console.print(f"report: {json_file}")
+    console.print(f"checkpoint: {out} (try: segdeformer predict {out} IMAGES --out results)", style="bold")
+
+
+def _describe(console: Console, imported: Imported) -> None:
+    """What was in the file, and what became of it."""
+    from segdeformer.bridge.source import PROJECT_TITLES
+
+    source = imported.source
+    console.print(f"{source.path}: {imported.title}, in the names of {PROJECT_TITLES[source.project]}")
+    places = [f"`{place}`" for place in (source.container, source.prefix) if place]
+    under = f" under {', '.join(places)}" if places else ""
+    console.print(f"used: {imported.used} of {len(source.tensors) + len(source.aside)} tensors{under}")
+    groups: dict[str, list[str]] = {}
+    for item in imported.unused:
+        groups.setdefault(item.reason, []).append(item.name)
+    for reason, names in groups.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        console.print(f"not used: {names[0]}{more} ({reason})")
+    if imported.missing:
+        more = f" and {len(imported.missing) - 1} more" if len(imported.missing) > 1 else ""
+        console.print(f"missing: {imported.missing[0]}{more} (counters, start at 0)")
+    if source.passed_over:
+        console.print(f"not read, since it is no tensor and could run code: {', '.join(source.passed_over)}")
+    classes = imported.classes
+    console.print(f"classes: {len(classes.table.names)}, {classes.origin}")
+    protocol = imported.recipe.data.name
+    console.print(
+        f"recipe: {imported.recipe.name}; data, training and protocol as for {protocol}", style="dim"
+    )
+    console.print(f"license: {imported.license}")
+
+
+def _describe_parity(console: Console, parity: Parity) -> None:
+    console.print(f"checked: {parity.rewritten} tensors written back in the old names are equal to the bit")
+    if parity.compared_with is None:
+        console.print(f"logits not compared: {parity.reason}", style="dim")
+    else:
+        difference = f"{parity.largest_difference:.1e}"
+        console.print(f"checked: logits differ from those of {parity.compared_with} by at most {difference}")
+
+
+def _export(
+    source: Path, out: Path, *, to: Project, license_text: str | None, check: bool, json_file: Path | None
+) -> None:
+    from segdeformer.bridge.exports import export_model
+    from segdeformer.bridge.source import PROJECT_TITLES
+    from segdeformer.cli.show import make_console
+    from segdeformer.engine.checkpoint import load
+    from segdeformer.files import write_text
+
+    loaded = load(source)
+    checkpoint = loaded.checkpoint
+    license_text = license_text or checkpoint.license or "not stated"
+    exported = export_model(loaded, to, out, license_text=license_text, check=check)
+    console = make_console()
+    console.print(
+        f"{checkpoint.path} ({checkpoint.recipe.name}) for {PROJECT_TITLES[to]}: {exported.tensors} tensors"
+    )
+    if exported.left_out:
+        console.print(f"left out: {len(exported.left_out)} tensors of the auxiliary head (training only)")
+    if exported.parity is not None:
+        _describe_parity(console, exported.parity)
+    console.print(f"license: {license_text}")
+    for file in exported.files:
+        console.print(f"written: {file}", style="bold")
+    if json_file is not None:
+        values = {
+            "source": str(checkpoint.path),
+            "project": to,
+            "files": [str(file) for file in exported.files],
+            "tensors": exported.tensors,
+            "left_out": list(exported.left_out),
+            "license": license_text,
+            "parity": exported.parity and exported.parity._asdict(),
+        }
+        write_text(json_file, json.dumps(values, indent=2) + "\n")
+        console.print(f"report: {json_file}")
