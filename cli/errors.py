@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import ParamSpec
 
 import typer
 
-from segdeformer.errors import UserError
+from segdeformer.errors import ElsewhereError, LocalError, UserError
 
 P = ParamSpec("P")
+
+HEAD_START_S = 10.0
 
 
 def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
@@ -23,14 +26,29 @@ def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except UserError as error:
+            if is_silent(error):
+                # torchrun ends all processes with the first that ends, which must not be this silent one.
+                time.sleep(HEAD_START_S)
+                raise typer.Exit(error.exit_code) from None
             fail(str(error), error.exit_code)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            if is_silent(error):
+                raise typer.Exit(1) from None
             fail("stopped by Ctrl-C; files that were being written are left out", 1)
         except BrokenPipeError:  # the reader of our output, `head` say, went away
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
 
     return guarded
+
+
+def is_silent(error: BaseException) -> bool:
+    """In a run of several processes: whether it is another's to tell this error, mostly the first one's."""
+    if "MASTER_ADDR" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    if isinstance(error, ElsewhereError):
+        return True
+    return os.environ.get("RANK", "0") != "0" and not isinstance(error, LocalError)
 
 
 def fail(message: str, exit_code: int) -> None:

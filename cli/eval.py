@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +19,7 @@ from segdeformer.cli.options import (
     Fold,
     ImplName,
     Mode,
+    Nproc,
     Scales,
 )
 
@@ -39,8 +43,22 @@ def eval_command(
     device: Device = "auto",
     impl: ImplName = "auto",
     fold: Fold = None,
+    nproc: Nproc = None,
 ) -> None:
     """Score a checkpoint: mIoU, mAcc, aAcc and per-class IoU, and the protocol they belong to."""
+    from segdeformer.engine.distributed import (
+        from_all,
+        is_first,
+        joined_processes,
+        own_device,
+        started_by_torchrun,
+    )
+
+    if nproc is not None and nproc > 1 and not started_by_torchrun():
+        from segdeformer.cli.launch import launch
+
+        launch(nproc, sys.argv[1:], max_restarts=0)
+        return
     from segdeformer.cli.options import changed_protocol, checked_impl, load_for_inference
     from segdeformer.data.datasets import open_dataset, parse_data_spec
     from segdeformer.engine.checkpoint import find_checkpoint
@@ -49,7 +67,7 @@ def eval_command(
     from segdeformer.engine.scorecard import write_scorecard
     from segdeformer.kernels.impl import describe_impl
 
-    chosen = choose_device(device)
+    chosen = own_device(choose_device(device))
     resolved = checked_impl(impl, chosen)
     path = find_checkpoint(checkpoint)
     loaded, folding = load_for_inference(path, device=chosen, impl=resolved, fold=fold)
@@ -69,28 +87,41 @@ def eval_command(
     from segdeformer.cli.show import make_console, protocol_line, scores_line, scores_table
     from segdeformer.report.sheet import shown_indices, write_sheet
 
-    console = make_console()
+    console = make_console(quiet=not is_first())
     console.print(f"{path} (iteration {loaded.checkpoint.iteration:,}) on {config.name} {config.val_split}")
     console.print(f"protocol: {protocol_line(protocol)}")
     console.print(f"device {chosen}, attention {describe_impl(resolved, chosen)}", style="dim")
     console.print(folding, style="dim")
     shown = shown_indices(len(dataset)) if picture is not None else []
-    drawn: list[ImageResult] = []
+    drawn: list[tuple[int, ImageResult]] = []
     tally = Tally(dataset.classes)
-    results = evaluate_images(
-        loaded.model, dataset, tally, protocol=protocol, data=config, device=chosen, impl=resolved
-    )
-    ticking = track(
-        results,
-        "images",
-        total=len(dataset),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    for index, result in enumerate(ticking):
-        if index in shown:
-            drawn.append(result)
+    with joined_processes(chosen) as processes:
+        share = processes.share(len(dataset))
+        results = evaluate_images(
+            loaded.model,
+            dataset,
+            tally,
+            protocol=protocol,
+            data=config,
+            device=chosen,
+            impl=resolved,
+            processes=processes,
+        )
+        ticking = track(
+            results,
+            "images",
+            total=len(share),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        for index, result in zip(share, ticking, strict=True):
+            if index in shown:
+                drawn.append((index, result._replace(predicted_HW=result.predicted_HW.cpu())))
+        tally.gather(processes)
+        drawn = sorted(chain.from_iterable(from_all(drawn, processes)), key=itemgetter(0))
+        if not processes.is_first:
+            return
     report = tally.report()
     console.print(scores_table(report), soft_wrap=False)
     console.print(scores_line(report), style="bold")
@@ -105,5 +136,7 @@ def eval_command(
         )
         console.print(f"scores: {json_file}")
     if picture is not None:
-        write_sheet(picture, drawn, report.classes, headline=f"{recipe.name}: {scores_line(report)}")
+        write_sheet(
+            picture, [r for _, r in drawn], report.classes, headline=f"{recipe.name}: {scores_line(report)}"
+        )
         console.print(f"picture: {picture}")

@@ -37,6 +37,9 @@ Fold = Annotated[
         help="Fold the decoder for inference: the same logits, faster. Default: wherever it can be.",
     ),
 ]
+Nproc = Annotated[
+    int | None, typer.Option("--nproc", min=1, help="Processes on this machine, one for each GPU.")
+]
 ClassesFile = Annotated[
     Path | None,
     typer.Option(help="For a folder of your own: TOML of class names; default: its classes.toml."),

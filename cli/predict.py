@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from segdeformer.cli.errors import fail, one_line_errors
-from segdeformer.cli.options import Device, Flip, Fold, ImplName, Mode, Scales
+from segdeformer.cli.errors import one_line_errors
+from segdeformer.cli.options import Device, Flip, Fold, ImplName, Mode, Nproc, Scales
 
 
 @one_line_errors
@@ -29,8 +30,22 @@ def predict_command(
     device: Device = "auto",
     impl: ImplName = "auto",
     fold: Fold = None,
+    nproc: Nproc = None,
 ) -> None:
     """Predict images of any size: <name>.png holds one class id per pixel, at the input's own size."""
+    from segdeformer.engine.distributed import (
+        from_all,
+        is_first,
+        joined_processes,
+        own_device,
+        started_by_torchrun,
+    )
+
+    if nproc is not None and nproc > 1 and not started_by_torchrun():
+        from segdeformer.cli.launch import launch
+
+        launch(nproc, sys.argv[1:], max_restarts=0)
+        return
     from segdeformer.cli.options import changed_protocol, checked_impl, load_for_inference
     from segdeformer.data.images import read_image
     from segdeformer.engine.checkpoint import find_checkpoint
@@ -46,7 +61,7 @@ def predict_command(
     if confidence:
         kinds.append("confidence")
     jobs = plan_jobs(images, out, kinds=kinds)
-    chosen = choose_device(device)
+    chosen = own_device(choose_device(device))
     resolved = checked_impl(impl, chosen)
     path = find_checkpoint(checkpoint)
     loaded, folding = load_for_inference(path, device=chosen, impl=resolved, fold=fold)
@@ -57,33 +72,38 @@ def predict_command(
 
     from segdeformer.cli.show import make_console, protocol_line
 
-    console = make_console()
+    console = make_console(quiet=not is_first())
     attention = describe_impl(resolved, chosen)
     console.print(f"{loaded.checkpoint.path}, {len(jobs)} images, device {chosen}, attention {attention}")
     console.print(folding, style="dim")
     console.print(f"protocol: {protocol_line(protocol)}", style="dim")
     failed: list[UserError] = []
     written: list[Path] = []
-    for job in track(jobs, "images", console=console, transient=True, disable=not console.is_terminal):
-        try:
-            image_HW3 = read_image(job.image)
-            prediction = predict_image(
-                loaded.model,
-                image_HW3,
-                protocol=protocol,
-                data=recipe.data,
-                device=chosen,
-                impl=resolved,
-            )
-            written += write_prediction(
-                job, image_HW3, prediction, loaded.checkpoint.classes, kinds=kinds, opacity=opacity
-            )
-        except UserError as error:  # one bad image does not cost the others
-            failed.append(error)
+    with joined_processes(chosen) as processes:
+        share = [jobs[index] for index in processes.share(len(jobs))]
+        for job in track(share, "images", console=console, transient=True, disable=not console.is_terminal):
+            try:
+                image_HW3 = read_image(job.image)
+                prediction = predict_image(
+                    loaded.model,
+                    image_HW3,
+                    protocol=protocol,
+                    data=recipe.data,
+                    device=chosen,
+                    impl=resolved,
+                )
+                written += write_prediction(
+                    job, image_HW3, prediction, loaded.checkpoint.classes, kinds=kinds, opacity=opacity
+                )
+            except UserError as error:  # one bad image does not cost the others
+                failed.append(error)
+        shares = from_all((written, [str(error) for error in failed]), processes)
+    written = [path for paths, _ in shares for path in paths]
+    failures = [message for _, messages in shares for message in messages]
     for path in written[:6]:
         console.print(f"  {path}")
     if len(written) > 6:
         console.print(f"  ... {len(written)} files in {out}")
-    if failed:
-        more = f" (and {len(failed) - 1} more images failed)" if len(failed) > 1 else ""
-        fail(f"{failed[0]}{more}", 1)
+    if failures:
+        more = f" (and {len(failures) - 1} more images failed)" if len(failures) > 1 else ""
+        raise UserError(f"{failures[0]}{more}")

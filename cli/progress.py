@@ -20,7 +20,7 @@ from segdeformer.cli.show import percent
 from segdeformer.engine.device import peak_memory_mib
 
 if TYPE_CHECKING:
-    from segdeformer.engine.train import Run, Step, Validated, Validating
+    from segdeformer.engine.train import Run, Skipped, Step, Validated, Validating
 
 REFRESH_S = 0.5
 LINE_EVERY_S = 30.0
@@ -72,6 +72,11 @@ class TrainingProgress:
             seconds_left = (now - self.began) / (step.iteration - self.began_at)
             seconds_left *= self.total - step.iteration
             self.console.print(f"{step.iteration:,}/{self.total:,}  {note}  {_minutes(seconds_left)} left")
+
+    def skipped(self, event: Skipped) -> None:
+        """A step that learned nothing: a line that stays, unless it mends itself."""
+        if event.is_fault:
+            self.console.print(f"left out, not finite: {event.reason}", style="yellow")
 
     def validating(self, event: Validating) -> None:
         """One more validation image."""

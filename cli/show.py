@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from segdeformer.engine.optimizer import ParameterGroup
 
 
-def make_console() -> Console:
+def make_console(*, quiet: bool = False) -> Console:
     """A console that prints names and paths as they are: no markup, no colours in numbers, no line breaks.
 
-    Tables are wrapped to the terminal by `soft_wrap=False`.
+    Tables are wrapped to the terminal by `soft_wrap=False`. quiet: nothing; for all processes but the first.
     """
-    return Console(markup=False, highlight=False, soft_wrap=True)
+    return Console(markup=False, highlight=False, soft_wrap=True, quiet=quiet)
 
 
 def groups_table(groups: Sequence[ParameterGroup], config: TrainConfig) -> Table:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import itertools
 import os
-import signal
-from collections.abc import Callable, Iterator
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -17,16 +14,15 @@ from segdeformer.cli.errors import one_line_errors
 from segdeformer.cli.options import ClassesFile, Device, ImplName
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    import torch
 
-    from segdeformer.config import DataConfig, Recipe
-    from segdeformer.engine.train import Run, Validated
+    from segdeformer.cli.train_recipe import Wanted
+    from segdeformer.engine.distributed import Processes
+    from segdeformer.engine.run import Options
     from segdeformer.kernels.impl import Impl
 
-# When only --data is said, the recipe of this name trains. The other data sets' recipes need pretrained
-# encoders, so there the recipe is the user's choice.
-DATA_WITH_OWN_RECIPE = ("landcover", "synthetic", "folder")
-HIGHEST_FINE_TUNING_RATE = 2e-4
+LARGE = "Large runs"
+UNREADABLE = ("unreadable image", "unreadable label map")  # findings that --bad-images skip lives with
 
 
 @one_line_errors
@@ -45,7 +41,9 @@ def train_command(
     iterations: Annotated[
         int | None, typer.Option(min=1, help="Instead of the recipe's; warm-up and validation scale with it.")
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Batch size instead of the recipe's.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images of a step, over all processes; instead of the recipe's.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's.")] = None,
     weights: Annotated[
         str | None, typer.Option(help="Encoder weights: a file, `timm` or `none`; instead of the recipe's.")
@@ -58,268 +56,194 @@ def train_command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out, or with the newest one.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show what would be done, measure two steps, and leave no trace."),
+    ] = False,
+    keep: Annotated[int, typer.Option(min=1, help="Checkpoints to keep for --resume.")] = 2,
+    bad_images: Annotated[
+        str, typer.Option(help="At an image that cannot be read: stop, or skip it and count.")
+    ] = "stop",
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes on this machine, one for each GPU.", rich_help_panel=LARGE),
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="With --nproc: go on so often after a death.", rich_help_panel=LARGE)
+    ] = 0,
+    accumulate: Annotated[
+        int, typer.Option(min=1, help="Parts of a batch, one after another.", rich_help_panel=LARGE)
+    ] = 1,
+    auto_batch: Annotated[
+        bool,
+        typer.Option(
+            "--auto-batch", help="Find the smallest --accumulate that fits memory.", rich_help_panel=LARGE
+        ),
+    ] = False,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16; instead of the recipe's.", rich_help_panel=LARGE),
+    ] = None,
+    compile_model: Annotated[
+        bool, typer.Option("--compile", help="Compile the model by torch.compile.", rich_help_panel=LARGE)
+    ] = False,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Maps in channels-last memory.", rich_help_panel=LARGE)
+    ] = False,
+    grad_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--grad-checkpointing",
+            help="Compute encoder blocks twice, to save memory.",
+            rich_help_panel=LARGE,
+        ),
+    ] = False,
+    shard: Annotated[
+        bool,
+        typer.Option("--shard", help="Share the model between processes (FSDP2).", rich_help_panel=LARGE),
+    ] = False,
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic", help="On a GPU too, the same bits from one seed.", rich_help_panel=LARGE
+        ),
+    ] = False,
 ) -> None:
     """Train. Without arguments: the default recipe on the landcover data that comes with the package."""
-    from segdeformer.cli.options import checked_impl
-    from segdeformer.cli.show import make_console
-    from segdeformer.config import DEFAULT_RECIPE, load_recipe
-    from segdeformer.data.datasets import open_dataset, parse_data_spec
-    from segdeformer.engine.checkpoint import LAST, newest_run, read_checkpoint
-    from segdeformer.engine.device import choose_device
-    from segdeformer.engine.evaluate import check_same_classes
-    from segdeformer.engine.train import resume_run, start_run
-    from segdeformer.errors import UsageError, UserError
+    from segdeformer.cli.train_recipe import Wanted
+    from segdeformer.engine.distributed import joined_processes, own_device, started_by_torchrun
+    from segdeformer.errors import UsageError
 
-    chosen = choose_device(device)
+    wanted = Wanted(recipe, data, classes, out, iterations, batch, seed, weights, precision)
+    if nproc is not None and nproc > 1 and not started_by_torchrun():
+        makes_folder = out is None and not resume and not dry_run
+        _launch(wanted, nproc, max_restarts=max_restarts, makes_folder=makes_folder)
+        return
+
+    from segdeformer.cli.options import checked_impl
+    from segdeformer.engine.device import choose_device, make_deterministic
+    from segdeformer.engine.run import Options
+
+    chosen = own_device(choose_device(device))
     resolved = checked_impl(impl, chosen)
     if resolved == "blocks":
         raise UsageError("--impl blocks has no gradients; use auto or sdpa to train")
-    given = parse_data_spec(data) if data is not None else None
-    if resume:
-        if recipe is not None or seed is not None or batch is not None or weights is not None:
-            raise UsageError("--resume goes on with the run's own recipe; leave out RECIPE and its changes")
-        out = out or newest_run()
-        if not (out / LAST).is_file():
-            raise UserError(f"{out} holds no {LAST} to go on with; start it without --resume")
-        checkpoint = read_checkpoint(out / LAST)
-        base = checkpoint.recipe
-    else:
-        checkpoint = None
-        base = load_recipe(recipe or (_recipe_for(given.name) if given else DEFAULT_RECIPE))
-    config = base.data
-    if given is not None:
-        config = config.model_copy(update={"name": given.name, "root": given.root})
-    elif config.root:
-        # so that the run can be evaluated from anywhere
-        config = config.model_copy(update={"root": str(Path(config.root).resolve())})
-    if classes is not None:
-        config = config.model_copy(update={"classes": str(classes.resolve())})
-    train_data, val_data = open_dataset(config, "train"), open_dataset(config, "val")
-    if checkpoint is not None:
-        check_same_classes(checkpoint.classes, train_data, str(checkpoint.path))
-    # data of the user's choice brings its own number of classes, but a run keeps its own
-    takes_classes = given is not None and not resume
-    changed = _changed_recipe(
-        base,
-        data=config,
-        num_classes=len(train_data.classes.names) if takes_classes else base.model.num_classes,
-        iterations=iterations,
-        keeps_schedule=resume,
-        batch=batch,
-        seed=seed,
-        weights=weights,
+    if bad_images not in ("stop", "skip"):
+        raise UsageError(f"--bad-images is `{bad_images}`; expected stop or skip")
+    if auto_batch and accumulate > 1:
+        raise UsageError("--auto-batch finds --accumulate; leave one of them out")
+    if deterministic:
+        make_deterministic()
+    options = Options(
+        accumulate=accumulate,
+        compile=compile_model,
+        channels_last=channels_last,
+        grad_checkpointing=grad_checkpointing,
+        shard=shard,
+        keep=keep,
+        bad_images="skip" if bad_images == "skip" else "stop",
     )
-    folder = out or _new_folder(changed.name)
-    begin = resume_run if resume else start_run
+    task = _Task(
+        wanted, options, chosen, resolved, workers, resume=resume, dry_run=dry_run, auto_batch=auto_batch
+    )
+    with joined_processes(chosen) as processes:
+        _train(task, processes)
+
+
+class _Task(NamedTuple):
+    """What one call of the command is to do."""
+
+    wanted: Wanted
+    options: Options
+    device: torch.device
+    impl: Impl
+    workers: int | None
+    resume: bool
+    dry_run: bool
+    auto_batch: bool
+
+
+def _train(task: _Task, processes: Processes) -> None:
+    from segdeformer.cli.show import make_console
+    from segdeformer.cli.train_plan import choose_accumulation, show_plan
+    from segdeformer.cli.train_recipe import new_folder, prepare, run_to_resume
+    from segdeformer.cli.train_show import introduce, train_and_show
+    from segdeformer.data.doctor import quick_check, refuse_errors
+    from segdeformer.engine.distributed import environment, from_first
+    from segdeformer.engine.run import RECIPE, resume_run, start_run
+    from segdeformer.errors import UserError
+
+    console = make_console(quiet=not processes.is_first)
+    wanted, out = task.wanted, task.wanted.out
+    resumed = run_to_resume(wanted) if task.resume else None
+    if environment().restarts:  # torchrun has started us again after a death
+        if out is None:
+            raise UserError("a restart does not know its run: name --out, so that it goes on from there")
+        if (out / RECIPE).is_file():
+            resumed = out
+            wanted = wanted._replace(recipe=None, seed=None, batch=None, weights=None, precision=None)
+    prepared = prepare(wanted, resumed)
+    recipe = prepared.recipe
+    findings = quick_check(recipe.data) if processes.is_first else ()
+    refuse_errors([f for f in findings if task.options.bad_images == "stop" or f.kind not in UNREADABLE])
+
+    options = task.options
+    if task.auto_batch:
+        options = choose_accumulation(console, prepared, options, task.device, task.impl, processes)
+    if task.dry_run:
+        workers = choose_workers(task.workers, processes)
+        show_plan(console, prepared, options, task.device, task.impl, processes, findings, workers=workers)
+        return
+    folder = resumed or out
+    if folder is None:
+        folder = from_first(new_folder(recipe.name) if processes.is_first else Path(), processes)
+    begin = start_run if resumed is None else resume_run
     run = None
     try:
-        run = begin(changed, folder, train_data=train_data, val_data=val_data, device=chosen, impl=resolved)
+        run = begin(
+            recipe,
+            folder,
+            train_data=prepared.train_data,
+            val_data=prepared.val_data,
+            device=task.device,
+            impl=task.impl,
+            processes=processes,
+            options=options,
+        )
     finally:
-        if run is None and out is None:
+        if run is None and resumed is None and out is None:
             with contextlib.suppress(OSError):  # it may hold the recipe already
                 folder.rmdir()
 
-    console = make_console()
-    _introduce(console, run, base, resolved)
+    introduce(console, run, prepared.base, findings)
     if run.complete:
         console.print(f"{folder} is complete at iteration {run.iteration:,}; --iterations N trains on")
         return
-    _train_and_show(console, run, workers=_choose_workers(workers))
+    train_and_show(console, run, workers=choose_workers(task.workers, processes))
 
 
-def _recipe_for(data_name: str) -> str:
-    from segdeformer.errors import UsageError
+def _launch(wanted: Wanted, nproc: int, *, max_restarts: int, makes_folder: bool) -> None:
+    """This command in `nproc` processes, whose run folder is chosen here, so that a restart finds it."""
+    from segdeformer.cli.launch import launch
+    from segdeformer.cli.train_recipe import new_folder, prepare
 
-    if data_name not in DATA_WITH_OWN_RECIPE:
-        raise UsageError(
-            f"name a recipe for {data_name}, such as `segdeformer train {data_name}-...`; "
-            "`segdeformer recipes` lists them"
-        )
-    return data_name
-
-
-def _changed_recipe(
-    base: Recipe,
-    *,
-    data: DataConfig,
-    num_classes: int,
-    iterations: int | None,
-    keeps_schedule: bool,
-    batch: int | None,
-    seed: int | None,
-    weights: str | None,
-) -> Recipe:
-    """The recipe with the command line's changes, validated again.
-
-    Warm-up and intervals scale with `iterations`, unless a run that has begun `keeps_schedule`.
-    """
-    from segdeformer.config import validate_recipe
-
-    values = base.model_dump(exclude_none=True)
-    values["data"] = data.model_dump(exclude_none=True)
-    values["model"]["num_classes"] = num_classes
-    train = values["train"]
-    if iterations is not None and not keeps_schedule:
-        share = iterations / train["iterations"]
-        for name in ("warmup_iterations", "validate_every", "checkpoint_every"):
-            smallest = 0 if name == "warmup_iterations" else 1
-            train[name] = max(smallest, round(train[name] * share))
-    if iterations is not None:
-        train["iterations"] = iterations
-    if batch is not None:
-        train["batch_size"] = batch
-    if seed is not None:
-        train["seed"] = seed
-    if weights is not None:
-        values["model"]["encoder"]["weights"] = weights
-    return validate_recipe(values, base.name)
+    arguments = sys.argv[1:]
+    prepared = prepare(wanted, None) if makes_folder else None
+    folder = new_folder(prepared.recipe.name) if prepared else None
+    if folder is not None:
+        arguments = [*arguments, "--out", str(folder)]
+    try:
+        launch(nproc, arguments, max_restarts=max_restarts)
+    finally:
+        if folder is not None:
+            with contextlib.suppress(OSError):  # empty, if nothing came of it
+                folder.rmdir()
 
 
-def _new_folder(name: str) -> Path:
-    """Make a folder of its own for a run, also when several start in one second."""
-    from segdeformer.engine.checkpoint import RUNS
-
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    for number in itertools.count(1):
-        folder = RUNS / (f"{name}-{stamp}" if number == 1 else f"{name}-{stamp}-{number}")
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            return folder
-    raise AssertionError("counting never ends")
-
-
-def _choose_workers(wanted: int | None) -> int:
+def choose_workers(wanted: int | None, processes: Processes) -> int:
     """Some loader processes where cores are plenty; on few cores they would only take turns."""
     if wanted is not None:
         return wanted
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= processes.size
     return 0 if cores <= 2 else min(8, cores // 2)
-
-
-def _introduce(console: Console, run: Run, base: Recipe, impl: Impl) -> None:
-    from segdeformer.cli.show import groups_table, schedule_line
-    from segdeformer.kernels.impl import describe_impl
-
-    recipe = run.recipe
-    attention = describe_impl(impl, run.device)
-    console.print(f"{recipe.name}: {recipe.description}", style="bold")
-    for change in _changes(base.model_dump(), recipe.model_dump()):
-        console.print(f"  changed {change}", style="yellow")
-    data = run.train_data
-    console.print(
-        f"data {data.name}: {len(data):,} training and {len(run.val_data):,} validation images, "
-        f"{recipe.model.num_classes} classes"
-    )
-    console.print(f"device {run.device}, attention {attention}, run folder {run.folder}")
-    if run.model.weights_report is not None:
-        for line in run.model.weights_report.lines():
-            console.print(line)
-    if recipe.model.encoder.weights != "none" and recipe.train.learning_rate > HIGHEST_FINE_TUNING_RATE:
-        console.print(
-            f"note: a pretrained encoder at a learning rate of {recipe.train.learning_rate:g}; fine-tuning "
-            "usually takes 6e-5 and decoder_lr_multiplier 10, as the recipe folder-pretrained does",
-            style="yellow",
-        )
-    console.print(groups_table(run.groups, recipe.train), soft_wrap=False)
-    console.print(schedule_line(recipe.train))
-    if run.iteration:
-        console.print(f"goes on after iteration {run.iteration:,}")
-
-
-def _changes(before: Any, after: Any, path: str = "") -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in after:
-            yield from _changes(before.get(key), after[key], f"{path}.{key}".lstrip("."))
-    elif before != after:
-        yield f"{path}: {before} -> {after}"
-
-
-def _train_and_show(console: Console, run: Run, *, workers: int) -> None:
-    from segdeformer.cli.progress import TrainingProgress
-    from segdeformer.engine.train import Stopped, Validated, Validating, train
-    from segdeformer.errors import UserError
-
-    best: Validated | None = None
-    with stop_request() as should_stop, TrainingProgress(console, run) as progress:
-        for event in train(run, workers=workers, should_stop=should_stop):
-            match event:
-                case Validating():
-                    progress.validating(event)
-                case Validated():
-                    if event.is_best:
-                        best = event
-                    progress.validated(event)
-                case Stopped():
-                    raise UserError(
-                        f"stopped by Ctrl-C after iteration {event.iteration:,}, all is saved; go on with: "
-                        f"segdeformer train --resume --out {run.folder}"
-                    )
-                case _:
-                    progress.stepped(event)
-    _finish(console, run, best)
-
-
-@contextlib.contextmanager
-def stop_request() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether Ctrl-C was pressed; a second Ctrl-C interrupts at once."""
-    asked = False
-
-    def ask(_signal: int, _frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _finish(console: Console, run: Run, best: Validated | None) -> None:
-    """The best validation's table, a picture made by its checkpoint, and where both lie.
-
-    best: None if it was before this run was resumed; then it is made again.
-    """
-    import torch
-
-    from segdeformer.cli.show import scores_line, scores_table
-    from segdeformer.engine.checkpoint import BEST, load_weights, read_checkpoint
-    from segdeformer.engine.evaluate import ImageResult, evaluate
-    from segdeformer.engine.predict import predict_image
-    from segdeformer.report.sheet import shown_indices, write_sheet
-
-    recipe, path = run.recipe, run.folder / BEST
-    load_weights(run.model, path)
-    run.model.eval()
-    if best is None:
-        report = evaluate(
-            run.model,
-            run.val_data,
-            protocol=recipe.evaluate,
-            data=recipe.data,
-            device=run.device,
-            impl=run.impl,
-        )
-    else:
-        report = best.report
-    results = []
-    for index in shown_indices(len(run.val_data)):
-        sample = run.val_data.read(index)
-        prediction = predict_image(
-            run.model,
-            sample.image_HW3,
-            protocol=recipe.evaluate,
-            data=recipe.data,
-            device=run.device,
-            impl=run.impl,
-        )
-        results.append(ImageResult(sample, torch.from_numpy(prediction.ids_HW)))
-    picture = run.folder / "validation.png"
-    line = scores_line(report)
-    write_sheet(picture, results, report.classes, headline=f"{recipe.name}: {line}")
-    console.print(scores_table(report), soft_wrap=False)
-    console.print(f"iteration {read_checkpoint(path).iteration:,}: {line}", style="bold")
-    console.print(f"picture:    {picture}")
-    console.print(f"checkpoint: {path}")

@@ -123,17 +123,29 @@ def upsample_cross_entropy_reference(
     return total / _divisor(labels_BHW, class_weights_K, ignore_index, average)
 
 
+def loss_weight(
+    labels_BHW: Tensor, class_weights_K: Tensor | None, ignore_index: int, average: Average
+) -> Tensor:
+    """What the summed loss of these labels is divided by: a scalar, 0 if nothing counts.
+
+    The loss of several batches as one is the mean of theirs, weighted by this.
+    """
+    if average == "all":
+        return torch.tensor(labels_BHW.numel(), device=labels_BHW.device)
+    valid_BHW = labels_BHW != ignore_index
+    if class_weights_K is None:
+        return valid_BHW.sum()
+    last = class_weights_K.shape[0] - 1
+    return (class_weights_K[labels_BHW.where(valid_BHW, 0).long().clamp(0, last)] * valid_BHW).sum()
+
+
 def _divisor(
     labels_BHW: Tensor, class_weights_K: Tensor | None, ignore_index: int, average: Average
 ) -> Tensor | int:
     if average == "all":
         return max(1, labels_BHW.numel())
-    valid_BHW = labels_BHW != ignore_index
-    if class_weights_K is None:
-        return valid_BHW.sum().clamp(min=1)
-    last = class_weights_K.shape[0] - 1
-    divisor = (class_weights_K[labels_BHW.where(valid_BHW, 0).long().clamp(0, last)] * valid_BHW).sum()
-    return divisor.where(divisor > 0, 1.0)
+    divisor = loss_weight(labels_BHW, class_weights_K, ignore_index, average)
+    return divisor.where(divisor > 0, 1)
 
 
 def check_labels(labels_BHW: Tensor, num_classes: int, ignore_index: int) -> None:

@@ -22,3 +22,14 @@ class UsageError(UserError):
 
 class KernelError(UserError):
     """A GPU kernel did not compile or start; the message names kernel, shapes, tile and remedy."""
+
+
+class LocalError(UserError):
+    """An error of one process of a run only, which says it whatever its rank; other errors all have alike."""
+
+
+class ElsewhereError(UserError):
+    """Another process of this run has failed, or was killed; this one has nothing to add."""
+
+    def __init__(self) -> None:
+        super().__init__("another process of this run has ended; `--resume` goes on from the last checkpoint")

@@ -216,8 +216,9 @@ def spoil(data: Path, how: str, split: str) -> str:
 def test_a_bad_file_ends_training_and_evaluation_with_its_name(how, data, tmp_path, checkpoint):
     out = tmp_path / "run"
     expected = spoil(data, how, "train")
-    assert refusal("train", "synthetic", "--data", data, *ONE_STEP, "--out", out, code=1) == expected
-    assert {path.name for path in out.iterdir()} == {"recipe.toml", "metrics.jsonl"}
+    message = refusal("train", "synthetic", "--data", data, *ONE_STEP, "--out", out, code=1)
+    assert message.startswith(f"train: 1 of 3, {expected}; ")  # the doctor's, before anything is started
+    assert not out.exists()
     expected = spoil(data, how, "val")
     assert refusal("eval", checkpoint, "--data", data, "--json", tmp_path / "s.json", code=1) == expected
     assert not (tmp_path / "s.json").exists()
@@ -267,17 +268,18 @@ def test_a_recipe_with_another_number_of_classes_than_its_data_says_what_to_set(
 
 def test_a_truncated_checkpoint_is_one_line_for_every_command(run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
-    for path in folder.glob("*.safetensors"):
+    for path in [*folder.glob("*.safetensors"), *folder.glob("checkpoints/*/*.safetensors")]:
         path.write_bytes(path.read_bytes()[:-100])
     write_image(tmp_path / "a.png", np.zeros((8, 8), np.uint8))
     for arguments in (
         ("eval", folder / LAST),
         ("predict", folder / LAST, tmp_path / "a.png", "--out", tmp_path / "out"),
-        ("train", "--resume", "--out", folder),
     ):
         message = refusal(*arguments, code=1)
         assert message.startswith(f"{folder / LAST} cannot be read as a checkpoint (")
         assert message.endswith("); it may be truncated or of another kind")
+    message = refusal("train", "--resume", "--out", folder, code=1)
+    assert message.startswith(f"{folder}: no checkpoint is whole (iteration-000001: model.safetensors ")
 
 
 def test_without_any_run_eval_and_resume_say_how_to_start_one(tmp_path, monkeypatch):
@@ -294,20 +296,19 @@ def test_resuming_a_folder_without_a_run_says_that_there_is_none(tmp_path):
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(run):
-    before = {path: path.read_bytes() for path in run.iterdir()}
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert refusal("train", "synthetic", *ONE_STEP, "--out", run, code=1) == (
         f"{run} holds a run already; go on with --resume, or choose another --out"
     )
-    assert {path: path.read_bytes() for path in run.iterdir()} == before
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_a_damaged_optimiser_state_is_one_line(run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
-    state = folder / "state-0000001.pt"
+    state = folder / "checkpoints/iteration-000001/training.pt"
     state.write_bytes(state.read_bytes()[:5000])
     message = refusal("train", "--resume", "--out", folder, "--iterations", 2, code=1)
-    assert message.startswith(f"{state} cannot be read (")
-    assert message.endswith("); this run cannot be resumed")
+    assert message.startswith(f"{folder}: no checkpoint is whole (iteration-000001: training.pt ")
 
 
 # No space, and Ctrl-C.

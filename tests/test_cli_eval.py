@@ -205,6 +205,7 @@ def test_the_json_holds_the_protocol_the_label_map_and_the_hash_of_the_weights(c
         "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
         "recipe": "synthetic",
         "iteration": 7,
+        "license": None,
     }
     assert card["versions"]["torch"] == torch.__version__
 

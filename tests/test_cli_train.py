@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from segdeformer.cli.main import app
 from segdeformer.cli.show import scores_line
-from segdeformer.cli.train import _new_folder
+from segdeformer.cli.train_recipe import new_folder
 from segdeformer.config import load_recipe
 from segdeformer.data.built_in import SyntheticDataset
 from segdeformer.engine import runlog
@@ -29,6 +29,7 @@ from segdeformer.engine.checkpoint import BEST, LAST, load, read_checkpoint, sav
 from segdeformer.engine.evaluate import Tally, evaluate_images
 from segdeformer.engine.optimizer import learning_rate_at
 from segdeformer.engine.runlog import RunLog, read_metrics
+from segdeformer.engine.saves import newest, read_state, store
 from segdeformer.report.sheet import write_sheet
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})
@@ -84,11 +85,13 @@ def test_a_run_folder_holds_these_files_and_no_others(finished):
     assert files_of(folder) == {
         BEST,
         LAST,
+        ".lock",
+        "checkpoints",
         "metrics.jsonl",
         "recipe.toml",
-        "state-0000004.pt",
         "validation.png",
     }
+    assert files_of(folder / "checkpoints") == {"iteration-000002", "iteration-000004"}
 
 
 def test_the_stored_recipe_is_the_resolved_one_in_the_folder_and_in_both_checkpoints(finished):
@@ -194,7 +197,7 @@ def test_classes_of_a_folder_that_cannot_be_written_to_lie_elsewhere_and_go_with
 
 def test_runs_that_start_in_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folders = {_new_folder("synthetic") for _ in range(3)}
+    folders = {new_folder("synthetic") for _ in range(3)}
     assert len(folders) == 3
     assert all(folder.is_dir() for folder in folders)
 
@@ -285,7 +288,8 @@ def test_ctrl_c_is_one_line_and_the_resumed_run_ends_as_one_that_was_never_stopp
     assert said, stderr
     assert process.returncode == 1
     stopped_at = int(said[1])
-    assert files_of(broken) - {BEST} == {LAST, "metrics.jsonl", "recipe.toml", f"state-{stopped_at:07}.pt"}
+    assert files_of(broken) - {BEST} == {LAST, ".lock", "checkpoints", "metrics.jsonl", "recipe.toml"}
+    assert f"iteration-{stopped_at:06}" in files_of(broken / "checkpoints")
 
     printed = succeeded("train", "--resume", "--out", broken, "--workers", 0)
     assert f"goes on after iteration {stopped_at}\n" in printed
@@ -310,9 +314,12 @@ def test_a_finished_run_has_nothing_to_resume_until_it_gets_more_iterations(tmp_
 def test_a_resumed_run_that_gets_no_better_ends_with_the_scores_of_its_best_checkpoint(tmp_path, finished):
     folder = shutil.copytree(finished[0], tmp_path / "run")
     model, about = load(folder / LAST)
-    save_checkpoint(
-        folder / LAST, model, recipe=about.recipe, classes=about.classes, iteration=4, best_miou=0.99
-    )
+
+    def write_better(path: Path) -> None:
+        save_checkpoint(path, model, recipe=about.recipe, classes=about.classes, iteration=4, best_miou=0.99)
+
+    state = read_state(newest(folder))
+    store(folder, iteration=4, write_model=write_better, state=state, keep=1)
     printed = succeeded("train", "--resume", "--out", folder, "--iterations", 5, "--workers", 0)
     assert [e["best"] for e in read_metrics(folder) if e["kind"] == "validation"][-1] is False
     best = [e for e in read_metrics(folder) if e["kind"] == "validation" and e["best"]][-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,11 +32,47 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def make_deterministic() -> None:
+    """Let GPU operations give the same bits every time; those that cannot warn. CPUs do anyway."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+
+
 def peak_memory_mib(device: torch.device) -> float:
     """Peak of the GPU's allocator, or on the CPU of the whole process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return peak_resident_mib()
+
+
+def restart_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_mib` count from here; on a CPU without Linux's files it goes on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def available_memory_mib(device: torch.device) -> float:
+    """A GPU's memory; for a CPU what this process has and may still get, within its control group."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**20
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**20]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        limits.append(int(lines["MemAvailable"].split()[0]) / 2**10 + _resident_mib())
+    group = Path("/sys/fs/cgroup/memory.max")
+    if group.exists() and (text := group.read_text().strip()) != "max":
+        limits.append(int(text) / 2**20)
+    return min(limits)
+
+
+def _resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def peak_resident_mib() -> float:

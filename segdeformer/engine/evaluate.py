@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from segdeformer.config import IGNORE_INDEX, DataConfig, EvalConfig
 from segdeformer.data.classes import ClassTable
 from segdeformer.data.datasets import Dataset, Sample
+from segdeformer.engine.distributed import ALONE, Processes, from_all
 from segdeformer.engine.inference import View, fused_map, make_views, strips
 from segdeformer.engine.metrics import ConfusionMatrix, Scores
 from segdeformer.errors import UserError
@@ -58,12 +59,24 @@ class Tally:
         self.classes = classes
         num_classes = len(classes.names)
         self.counts_KK = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-        self.loss_sum = torch.zeros((), dtype=torch.float64)
+        self.image_losses: list[torch.Tensor] = []  # float64, summed over the pixels of each image
         self.num_images = 0
 
     def move(self, device: torch.device) -> None:
         """Sum up there from now on."""
-        self.counts_KK, self.loss_sum = self.counts_KK.to(device), self.loss_sum.to(device)
+        self.counts_KK = self.counts_KK.to(device)
+
+    def gather(self, processes: Processes) -> None:
+        """Put in what the other processes have; all must call it, and have the same report after."""
+        if processes.size == 1:
+            return
+        self.counts_KK = self.counts_KK.cpu()
+        own = [loss.item() for loss in self.image_losses]
+        shares = from_all((self.counts_KK, own), processes)
+        self.counts_KK = torch.stack([counts_KK for counts_KK, _ in shares]).sum(dim=0)
+        losses = [loss for _, own in shares for loss in own]
+        self.image_losses = [torch.tensor(loss, dtype=torch.float64) for loss in losses]
+        self.num_images = len(self.image_losses)
 
     def report(self) -> Report:
         """The scores of all images so far."""
@@ -73,7 +86,8 @@ class Tally:
         return Report(
             scores=confusion.scores(),
             pixel_accuracy=confusion.pixel_accuracy,
-            loss=self.loss_sum.item() / num_valid if num_valid else math.nan,
+            # fsum: exact, so that it does not matter which process has had which image
+            loss=math.fsum(loss.item() for loss in self.image_losses) / num_valid if num_valid else math.nan,
             num_images=self.num_images,
             confusion_KK=confusion.counts_KK,
             classes=self.classes,
@@ -88,12 +102,19 @@ def evaluate(
     data: DataConfig,
     device: torch.device,
     impl: Impl = "auto",
+    processes: Processes = ALONE,
 ) -> Report:
-    """Run every image of the data set through the model and sum up; see `evaluate_images`."""
+    """Run every image of the data set through the model and sum up; see `evaluate_images`.
+
+    With several processes each takes its share, and all return the same report.
+    """
     tally = Tally(dataset.classes)
-    images = evaluate_images(model, dataset, tally, protocol=protocol, data=data, device=device, impl=impl)
+    images = evaluate_images(
+        model, dataset, tally, protocol=protocol, data=data, device=device, impl=impl, processes=processes
+    )
     for _ in images:
         pass
+    tally.gather(processes)
     return tally.report()
 
 
@@ -106,9 +127,11 @@ def evaluate_images(
     data: DataConfig,
     device: torch.device,
     impl: Impl = "auto",
+    processes: Processes = ALONE,
 ) -> Generator[ImageResult, None, None]:
     """Predict image by image, in order, for callers that draw or may want to stop; sums go into `tally`.
 
+    processes: this one takes its share of the images only; `tally.gather` puts the shares together.
     impl: of upsampling and counting; the model's attention has its own already.
     The model is put into eval mode and left so. Raises `UserError` if the data set is empty.
     """
@@ -116,7 +139,7 @@ def evaluate_images(
         raise UserError(f"{data.name}: the {dataset.split} split has no images to evaluate")
     model.eval()
     tally.move(device)
-    with closing(_read_ahead(dataset)) as samples:
+    with closing(_read_ahead(dataset, processes.share(len(dataset)))) as samples:
         for sample in samples:
             views = make_views(model, sample.image_HW3, protocol, data, device)
             labels_HW = torch.tensor(sample.labels_HW, device=device)
@@ -136,28 +159,30 @@ def _add_image(tally: Tally, views: list[View], labels_HW: torch.Tensor, impl: I
         mean = upsample_cross_entropy(
             logits_1Khw, labels_HW[None], ignore_index=IGNORE_INDEX, average="all", impl=impl
         )
-        tally.loss_sum += mean.double() * labels_HW.numel()
+        tally.image_losses.append(mean.double() * labels_HW.numel())
         return winners.ids_BHW[0]
     predicted_HW = torch.empty(labels_HW.shape, dtype=torch.uint8, device=labels_HW.device)
+    loss = torch.zeros((), dtype=torch.float64, device=labels_HW.device)
     for strip in strips(views, labels_HW.shape):
         rows = slice(strip.top, strip.top + strip.logits_KrW.shape[1])
         predicted_HW[rows] = strip.ids()
-        tally.loss_sum += F.cross_entropy(
+        loss += F.cross_entropy(
             strip.logits_KrW[None],
             labels_HW[None, rows].long(),
             ignore_index=IGNORE_INDEX,
             reduction="sum",
         )
+    tally.image_losses.append(loss)
     add_confusion(tally.counts_KK, labels_HW, predicted_HW, ignore_index=IGNORE_INDEX)
     return predicted_HW
 
 
-def _read_ahead(dataset: Dataset) -> Generator[Sample, None, None]:
-    """The samples in order, the next few already being read."""
+def _read_ahead(dataset: Dataset, indices: Iterable[int]) -> Generator[Sample, None, None]:
+    """The samples of these indices in order, the next few already being read."""
     with ThreadPoolExecutor(READERS) as pool:
         waiting: deque[Future[Sample]] = deque()
         try:
-            for index in range(len(dataset)):
+            for index in indices:
                 waiting.append(pool.submit(dataset.read, index))
                 if len(waiting) > READERS:
                     yield waiting.popleft().result()

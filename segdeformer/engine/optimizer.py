@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from segdeformer.config import TrainConfig
+from segdeformer.errors import UsageError
 from segdeformer.models.segmenter import Segmenter
 
 # Position tables of timm's encoders, which like norms are not decayed (Swin's own recipe).
@@ -30,7 +31,8 @@ class ParameterGroup(NamedTuple):
 def parameter_groups(model: Segmenter, config: TrainConfig) -> list[ParameterGroup]:
     """Encoder, encoder norms and positions (no decay), and everything else (rate times the multiplier).
 
-    In mmcv's rules the decoder's key outranks the norms': decoder norms, biases and class tokens
+    With `train.layer_decay` the encoder's groups are those of its layers; raises `UsageError` where none have
+    names. In mmcv's rules the decoder's key outranks the norms': decoder norms, biases and class tokens
     get the multiplied rate and the decay too. That is what the published scores were trained with.
     """
     undecayed = {
@@ -42,20 +44,52 @@ def parameter_groups(model: Segmenter, config: TrainConfig) -> list[ParameterGro
     undecayed |= {
         id(p) for name, p in model.encoder.named_parameters() if name.rpartition(".")[2] in UNDECAYED_NAMES
     }
-    encoder = [p for p in model.encoder.parameters() if p.requires_grad]
-    encoder_ids = {id(p) for p in encoder}
+    encoder_ids = {id(p) for p in model.encoder.parameters()}
     rate, decay = config.learning_rate, config.weight_decay
-    groups = [
-        ParameterGroup("encoder", rate, decay, [p for p in encoder if id(p) not in undecayed]),
-        ParameterGroup("encoder norms, positions", rate, 0.0, [p for p in encoder if id(p) in undecayed]),
-        ParameterGroup(
-            "decoder",
-            rate * config.decoder_lr_multiplier,
-            decay,
-            [p for p in model.parameters() if p.requires_grad and id(p) not in encoder_ids],
-        ),
-    ]
+    groups = []
+    for name, parameters, factor in _encoder_layers(model, config.layer_decay):
+        plain = [p for p in parameters if id(p) not in undecayed]
+        others = [p for p in parameters if id(p) in undecayed]
+        groups.append(ParameterGroup(name, rate * factor, decay, plain))
+        groups.append(ParameterGroup(f"{name} norms, positions", rate * factor, 0.0, others))
+    decoder = [p for p in model.parameters() if p.requires_grad and id(p) not in encoder_ids]
+    groups.append(ParameterGroup("decoder", rate * config.decoder_lr_multiplier, decay, decoder))
     return [group for group in groups if group.parameters]
+
+
+class _Layer(NamedTuple):
+    name: str
+    parameters: list[nn.Parameter]
+    factor: float  # of the learning rate
+
+
+def _encoder_layers(model: Segmenter, layer_decay: float | None) -> list[_Layer]:
+    """The encoder as one, or layer by layer from the input on, as timm divides it; the last has factor 1.
+
+    With L layers, layer i has layer_decay ** (L - 1 - i) of the rate (BEiT).
+    """
+    learned = [(name, p) for name, p in model.encoder.named_parameters() if p.requires_grad]
+    if layer_decay is None:
+        return [_Layer("encoder", [p for _, p in learned], 1.0)]
+    backbone: Any = getattr(model.encoder, "backbone", None)
+    if not hasattr(backbone, "group_matcher"):
+        raise UsageError(
+            "`train.layer_decay` needs an encoder of timm that says what its layers are, such as "
+            "vit_base_patch16_224; leave it out"
+        )
+    from timm.models import group_parameters
+
+    layer_of = group_parameters(backbone, backbone.group_matcher(coarse=False), reverse=True)
+    last = max(layer_of.values())
+    layers: dict[int, list[nn.Parameter]] = {}
+    for name, parameter in learned:
+        # our norms of the maps stand after all layers
+        layers.setdefault(layer_of.get(name.removeprefix("backbone."), last), []).append(parameter)
+    numbers = sorted(layers)
+    return [
+        _Layer(f"encoder layer {place}", layers[number], layer_decay ** (len(numbers) - 1 - place))
+        for place, number in enumerate(numbers)
+    ]
 
 
 def build_optimizer(groups: list[ParameterGroup], config: TrainConfig) -> torch.optim.AdamW:

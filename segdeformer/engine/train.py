@@ -8,55 +8,67 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, nullcontext
+from itertools import islice
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from segdeformer.config import IGNORE_INDEX, Recipe, recipe_toml
-from segdeformer.data.datasets import Dataset
+from segdeformer.config import IGNORE_INDEX
 from segdeformer.data.loader import Batch, training_batches
-from segdeformer.engine.checkpoint import (
-    BEST,
-    LAST,
-    drop_old_states,
-    load_state,
-    read_checkpoint,
-    save_checkpoint,
-    save_state,
-    saved_model,
-)
-from segdeformer.engine.device import explained_shortage
+from segdeformer.engine.distributed import add_up, any_of, explained_loss
 from segdeformer.engine.evaluate import Report, Tally, evaluate_images, report_values
-from segdeformer.engine.losses import Losses, training_losses
-from segdeformer.engine.optimizer import (
-    ParameterGroup,
-    build_optimizer,
-    parameter_groups,
-    set_learning_rate,
+from segdeformer.engine.losses import Losses
+from segdeformer.engine.run import (
+    Options,
+    Run,
+    resume_run,
+    save_best,
+    save_run,
+    scored_model,
+    start_run,
 )
 from segdeformer.engine.runlog import RunLog
-from segdeformer.errors import UserError
-from segdeformer.files import write_text
-from segdeformer.kernels.impl import Impl
-from segdeformer.kernels.upsample_cross_entropy import check_labels
-from segdeformer.models.segmenter import Segmenter, build_model
+from segdeformer.engine.saves import held
+from segdeformer.engine.step import StepResult, explain_fault, take_step
+from segdeformer.errors import ElsewhereError, LocalError, UserError
+from segdeformer.kernels.upsample_cross_entropy import loss_weight
+
+__all__ = [
+    "Event",
+    "Options",
+    "Run",
+    "Skipped",
+    "Step",
+    "Stopped",
+    "Validated",
+    "Validating",
+    "resume_run",
+    "save_run",
+    "start_run",
+    "train",
+]
 
 LOG_EVERY = 10
-RECIPE = "recipe.toml"
+ASK_EVERY = 8  # validation images of a process, between two questions whether any process is to stop
 
 
 class Step(NamedTuple):
-    """One optimiser step is done. The losses stay on the device until somebody reads them."""
+    """One optimiser step is done; its losses are on the CPU."""
 
     iteration: int  # steps done so far
     losses: Losses
     learning_rate: float  # the encoder's
-    images_per_second: float  # as last measured
+    images_per_second: float  # as last measured, over all processes
+
+
+class Skipped(NamedTuple):
+    """A step learned nothing, for its loss or gradient was not finite."""
+
+    iteration: int
+    reason: str
+    is_fault: bool  # False: float16's losses were scaled too far, which mends itself
 
 
 class Validating(NamedTuple):
@@ -78,128 +90,29 @@ class Stopped(NamedTuple):
     iteration: int
 
 
-Event = Step | Validating | Validated | Stopped
+Event = Step | Skipped | Validating | Validated | Stopped
 
 
-@dataclass
-class Run:
-    """A model in training and everything that goes with it."""
-
-    recipe: Recipe
-    folder: Path
-    train_data: Dataset
-    val_data: Dataset
-    model: Segmenter
-    groups: list[ParameterGroup]
-    optimizer: torch.optim.AdamW
-    device: torch.device
-    impl: Impl = "auto"
-    iteration: int = 0
-    best_miou: float | None = None
-    validation_due: bool = False  # of this iteration; stays true only where one was stopped
-
-    @property
-    def complete(self) -> bool:
-        """Nothing is left to train or to validate."""
-        return self.iteration >= self.recipe.train.iterations and not self.validation_due
-
-
-def start_run(
-    recipe: Recipe,
-    folder: Path,
-    *,
-    train_data: Dataset,
-    val_data: Dataset,
-    device: torch.device,
-    impl: Impl = "auto",
-) -> Run:
-    """Build the model and make the run folder with its resolved recipe.
-
-    Raises `UserError` when the folder already holds a run, the data is empty, or the recipe's number
-    of classes is not the data's.
-    """
-    if (folder / RECIPE).exists():
-        raise UserError(f"{folder} holds a run already; go on with --resume, or choose another --out")
-    _check_data(recipe, train_data)
-    _check_data(recipe, val_data)
-    torch.manual_seed(recipe.train.seed)
-    run = _assemble(recipe, folder, train_data, val_data, device, build_model(recipe.model, impl=impl))
-    run.impl = impl
-    write_text(folder / RECIPE, recipe_toml(recipe))
-    return run
-
-
-def resume_run(
-    recipe: Recipe,
-    folder: Path,
-    *,
-    train_data: Dataset,
-    val_data: Dataset,
-    device: torch.device,
-    impl: Impl = "auto",
-) -> Run:
-    """Go on from the run's last checkpoint; the next batch is the one that would have come."""
-    checkpoint = read_checkpoint(folder / LAST)
-    if checkpoint.folded:
-        raise UserError(f"{checkpoint.path} holds a folded model, for inference only; it cannot be trained")
-    _check_data(recipe, train_data)
-    _check_data(recipe, val_data)
-    model = saved_model(checkpoint, impl=impl)
-    run = _assemble(recipe, folder, train_data, val_data, device, model)
-    run.impl = impl
-    load_state(folder, run.optimizer, checkpoint.iteration)
-    run.iteration = checkpoint.iteration
-    run.best_miou = checkpoint.best_miou
-    run.validation_due = checkpoint.validation_due
-    write_text(folder / RECIPE, recipe_toml(recipe))
-    return run
-
-
-def _check_data(recipe: Recipe, dataset: Dataset) -> None:
-    if len(dataset) == 0:
-        raise UserError(f"{dataset.name}: the {dataset.split} split has no images")
-    num_classes = len(dataset.classes.names)
-    if num_classes != recipe.model.num_classes:
-        raise UserError(
-            f"recipe {recipe.name} has model.num_classes = {recipe.model.num_classes}, "
-            f"{dataset.name} has {num_classes} classes; set it to {num_classes}"
-        )
-
-
-def _assemble(
-    recipe: Recipe,
-    folder: Path,
-    train_data: Dataset,
-    val_data: Dataset,
-    device: torch.device,
-    model: Segmenter,
-) -> Run:
-    model.to(device)
-    groups = parameter_groups(model, recipe.train)
-    optimizer = build_optimizer(groups, recipe.train)
-    return Run(recipe, folder, train_data, val_data, model, groups, optimizer, device)
-
-
-def train(run: Run, *, workers: int = 0, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+def train(
+    run: Run, *, workers: int = 0, should_stop: Callable[[], bool] = lambda: False
+) -> Generator[Event, None, None]:
     """Train from `run.iteration` to the end, validating and saving at the recipe's intervals.
 
     The last iteration is always validated and saved. `should_stop` is asked between steps and between
-    validation images; then the run is saved and the stream ends with `Stopped`.
-    Raises `UserError` when the loss is no longer finite.
+    validation images; then the run is saved and the stream ends with `Stopped`. With several processes
+    each runs this, with the same events; if any is asked to stop, all do.
+    Raises `UserError` when more steps in a row than the recipe allows have no finite loss or gradient.
     """
     config = run.recipe.train
     weights_K = None
     if config.class_weights is not None:
         weights_K = torch.tensor(config.class_weights, device=run.device)
-    batches = training_batches(
-        run.train_data,
-        run.recipe,
-        start=run.iteration,
-        stop=config.iterations,
-        workers=workers,
-        pin_memory=run.device.type == "cuda",
-    )
-    with RunLog(run.folder, since=run.iteration) as log, closing(batches):
+    first = run.processes.is_first
+    with (
+        held(run.folder) if first else nullcontext(),
+        RunLog(run.folder, since=run.iteration) if first else nullcontext() as log,
+        closing(_batches(run, workers)) as batches,
+    ):
         if run.validation_due:  # it was stopped in the middle of one
             yield from _validate(run, log, should_stop)
             save_run(run)
@@ -207,25 +120,28 @@ def train(run: Run, *, workers: int = 0, should_stop: Callable[[], bool] = lambd
                 yield Stopped(run.iteration)
                 return
         images_per_second, began, since = 0.0, time.perf_counter(), run.iteration
-        for batch in batches:
-            losses = _step(run, batch, weights_K)
+        while run.iteration < config.iterations:
+            parts, shares = _next_parts(run, batches)
+            result = take_step(run, parts, weights_K, shares, stop_asked=should_stop())
             done = run.iteration == config.iterations
             is_validated = done or run.iteration % config.validate_every == 0
             is_saved = done or run.iteration % config.checkpoint_every == 0
-            is_logged = done or run.iteration == 1 or run.iteration % LOG_EVERY == 0
-            if is_logged or is_validated or is_saved:
-                _check_finite(run, batch, losses)
-            if is_logged:  # the check has waited for the device: now the time of the steps is known
+            if result.skipped:
+                yield _account_for_fault(run, parts, result, log)
+            else:
+                run.skipped_in_a_row = 0
+            if done or run.iteration == 1 or run.iteration % LOG_EVERY == 0:
                 num_images = config.batch_size * (run.iteration - since)
                 images_per_second = num_images / (time.perf_counter() - began)
-                log.write(_step_values(run, losses, images_per_second))
+                if log is not None and not result.skipped:
+                    log.write(_step_values(run, result, images_per_second))
                 began, since = time.perf_counter(), run.iteration
-            yield Step(run.iteration, losses, _learning_rate(run), images_per_second)
+            yield Step(run.iteration, result.losses, _learning_rate(run), images_per_second)
             if is_validated:
                 run.validation_due = True
                 yield from _validate(run, log, should_stop)
                 began, since = time.perf_counter(), run.iteration
-            stopped = run.validation_due or (should_stop() and not done)
+            stopped = run.validation_due or (not done and _is_stopped(run, result, should_stop))
             if is_saved or stopped:
                 save_run(run)
                 began, since = time.perf_counter(), run.iteration
@@ -234,35 +150,80 @@ def train(run: Run, *, workers: int = 0, should_stop: Callable[[], bool] = lambd
                 return
 
 
-def _step(run: Run, batch: Batch, class_weights_K: torch.Tensor | None) -> Losses:
-    torch.manual_seed(_step_seed(run.recipe.train.seed, run.iteration))
-    run.model.train()
-    set_learning_rate(run.optimizer, run.iteration, run.recipe.train)
-    images_B3HW = batch.images_B3HW.to(run.device, non_blocking=True)
-    labels_BHW = batch.labels_BHW.to(run.device, non_blocking=True)
-    with explained_shortage("use a smaller --batch or augment.crop"):
-        try:
-            output = run.model(images_B3HW)
-        except UserError:
-            raise
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
+def _batches(run: Run, workers: int) -> Generator[Batch, None, None]:
+    """This process's parts of all batches to come, in order."""
+    return training_batches(
+        run.train_data,
+        run.recipe,
+        start=run.iteration,
+        stop=run.recipe.train.iterations,
+        workers=workers,
+        pin_memory=run.device.type == "cuda",
+        rank=run.processes.rank,
+        num_processes=run.processes.size,
+        accumulation=run.options.accumulate,
+        bad_images=run.options.bad_images,
+    )
+
+
+def _next_parts(run: Run, batches: Iterator[Batch]) -> tuple[list[Batch], list[float]]:
+    """This process's parts of the next batch, and what each counts in the whole batch's loss.
+
+    If a process cannot read its images, all end: it with that error, the others with `ElsewhereError`.
+    """
+    error: UserError | None = None
+    parts: list[Batch] = []
+    try:
+        parts = list(islice(batches, run.options.accumulate))
+    except UserError as raised:
+        error = raised
+    counts = [0.0] if error else [_loss_weight(run, part) for part in parts]
+    if run.processes.size == 1:
+        total = sum(counts)
+    else:
+        said = torch.tensor([sum(counts), float(error is not None)], dtype=torch.float64)
+        with explained_loss():
+            total, num_failed = add_up(said, run.processes).tolist()
+        if num_failed and error is None:
+            raise ElsewhereError
+    if error is not None:
+        raise LocalError(str(error), exit_code=error.exit_code)
+    run.unreadable += [name for part in parts for name in part.skipped]
+    if len(parts) * run.processes.size == 1:
+        return parts, [1.0]
+    if total == 0.0:  # no pixel has a label: every loss is 0
+        return parts, [0.0 for _ in parts]
+    return parts, [count / total for count in counts]
+
+
+def _loss_weight(run: Run, part: Batch) -> float:
+    config = run.recipe.train
+    weights_K = None
+    if config.class_weights is not None:
+        weights_K = torch.tensor(config.class_weights, dtype=torch.float64)
+    return loss_weight(part.labels_BHW, weights_K, IGNORE_INDEX, config.loss_average).item()
+
+
+def _is_stopped(run: Run, result: StepResult, should_stop: Callable[[], bool]) -> bool:
+    return should_stop() if run.processes.size == 1 else result.stop_asked
+
+
+def _account_for_fault(run: Run, parts: Sequence[Batch], result: StepResult, log: RunLog | None) -> Skipped:
+    """Note a step that was left out; raises `UserError` when it is one too many."""
+    allowed = run.recipe.train.max_skipped_steps
+    reason = explain_fault(run, parts, result, _learning_rate(run))
+    run.num_skipped_steps += 1
+    if result.is_fault:
+        run.skipped_in_a_row += 1
+        if run.skipped_in_a_row > allowed:
             raise UserError(
-                "BatchNorm needs more than one value per channel: raise train.batch_size to 2 or more, "
-                "or augment.crop"
-            ) from None
-        try:
-            losses = training_losses(output, labels_BHW, run.recipe.train, class_weights_K, impl=run.impl)
-        except UserError:
-            raise
-        except ValueError as error:
-            raise UserError(f"{error}; one of {', '.join(batch.names)}") from None
-        run.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
-        run.optimizer.step()
-    run.iteration += 1
-    return losses.detached()
+                f"loss or gradient not finite in {run.skipped_in_a_row} steps in a row, "
+                f"{allowed} are allowed (train.max_skipped_steps); {reason}; start anew with a lower "
+                "train.learning_rate, or train.clip_norm = 1.0"
+            )
+    if log is not None:
+        log.write({"kind": "skipped", "iteration": run.iteration, "reason": reason})
+    return Skipped(run.iteration, reason, result.is_fault)
 
 
 def _learning_rate(run: Run) -> float:
@@ -270,76 +231,46 @@ def _learning_rate(run: Run) -> float:
     return float(run.optimizer.param_groups[0]["lr"])
 
 
-def _step_seed(seed: int, iteration: int) -> int:
-    """PyTorch's seed of one iteration: dropout and drop path depend on nothing else."""
-    return int(np.random.SeedSequence([seed, iteration]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _check_finite(run: Run, batch: Batch, losses: Losses) -> None:
-    total = losses.total.item()
-    if not math.isfinite(total):
-        try:
-            check_labels(batch.labels_BHW, run.recipe.model.num_classes, IGNORE_INDEX)
-        except ValueError as error:
-            raise UserError(f"{error}; one of {', '.join(batch.names)}") from None
-        raise UserError(
-            f"the loss is {total} at iteration {run.iteration} (batch of {', '.join(batch.names[:4])}, ...); "
-            "start anew with a lower train.learning_rate"
-        )
-
-
-def _validate(run: Run, log: RunLog, should_stop: Callable[[], bool]) -> Iterator[Validating | Validated]:
+def _validate(
+    run: Run, log: RunLog | None, should_stop: Callable[[], bool]
+) -> Iterator[Validating | Validated]:
     """Score the model, keep it if it is the best, and clear `validation_due`, unless it is stopped before."""
     tally = Tally(run.val_data.classes)
+    model = scored_model(run)
     results = evaluate_images(
-        run.model,
+        model,
         run.val_data,
         tally,
         protocol=run.recipe.evaluate,
         data=run.recipe.data,
         device=run.device,
         impl=run.impl,
+        processes=run.processes,
     )
-    with closing(results):
-        for _ in results:
-            yield Validating(tally.num_images, len(run.val_data))
-            if should_stop() and tally.num_images < len(run.val_data):
+    num_images = len(run.val_data)
+    with closing(results), explained_loss():
+        for number in range(math.ceil(num_images / run.processes.size)):
+            next(results, None)  # the last processes may have one image less
+            num_done = min(num_images, tally.num_images * run.processes.size)
+            yield Validating(num_done, num_images)
+            asked = run.processes.size == 1 or number % ASK_EVERY == 0
+            if asked and any_of(should_stop(), run.processes) and num_done < num_images:
                 return
+        tally.gather(run.processes)
     report = tally.report()
     miou = 0.0 if math.isnan(report.scores.miou) else report.scores.miou
     is_best = run.best_miou is None or miou > run.best_miou
     run.validation_due = False
     if is_best:
         run.best_miou = miou
-        _save(run, BEST)
-    log.write(_validation_values(run.iteration, report, is_best))
+        save_best(run, model)
+    if log is not None:
+        log.write(_validation_values(run.iteration, report, is_best))
     yield Validated(run.iteration, report, is_best)
 
 
-def save_run(run: Run) -> None:
-    """Save model and optimiser so that `--resume` goes on from here.
-
-    `last.safetensors` names the iteration whose state belongs to it, and is renamed into place after
-    that state: a kill at any moment leaves a pair that fits.
-    """
-    save_state(run.folder, run.optimizer, run.iteration)
-    _save(run, LAST)
-    drop_old_states(run.folder, run.iteration)
-
-
-def _save(run: Run, name: str) -> None:
-    save_checkpoint(
-        run.folder / name,
-        run.model,
-        recipe=run.recipe,
-        classes=run.train_data.classes,
-        iteration=run.iteration,
-        best_miou=run.best_miou,
-        validation_due=run.validation_due,
-    )
-
-
-def _step_values(run: Run, losses: Losses, images_per_second: float) -> dict[str, object]:
+def _step_values(run: Run, result: StepResult, images_per_second: float) -> dict[str, object]:
+    losses = result.losses
     parts = {"loss": losses.total, "loss_seg": losses.segmentation}
     if losses.attention is not None:
         parts["loss_attn"] = losses.attention
@@ -349,6 +280,7 @@ def _step_values(run: Run, losses: Losses, images_per_second: float) -> dict[str
         "kind": "train",
         "iteration": run.iteration,
         **{name: part.item() for name, part in parts.items()},
+        "gradient_norm": result.gradient_norm,
         "lr": _learning_rate(run),
         "images_per_s": round(images_per_second, 2),
     }

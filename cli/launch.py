@@ -1,0 +1,72 @@
+"""`segdeformer train --nproc N`: N processes on this machine, by torchrun's own launcher."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import segdeformer
+from segdeformer.errors import UsageError, UserError
+
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # what the launcher hands on to its processes
+
+
+def own_command() -> list[str]:
+    """`segdeformer` as this process runs it, for a child: files in the working folder hide no module (-P)."""
+    home = str(Path(segdeformer.__file__).parents[1])
+    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if home not in path:
+        os.environ["PYTHONPATH"] = os.pathsep.join([home, *filter(None, path)])
+    return [sys.executable, "-P", "-m", "segdeformer"]
+
+
+def launch(nproc: int, arguments: Sequence[str], *, max_restarts: int) -> None:
+    """Run `segdeformer ARGUMENTS` in `nproc` processes and wait for them.
+
+    Each says its own errors. Raises `UserError` if one was killed without a word, and `SystemExit` with the
+    exit code of one that failed.
+    """
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if sys.platform == "win32":
+        raise UsageError("--nproc needs Linux or macOS; on Windows start one process")
+    # Threads of one process must not take the cores of the others.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # our processes speak for themselves
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id="segdeformer",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        rdzv_configs={"timeout": 60},
+        max_restarts=max_restarts,
+        monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(),
+        signals_to_handle=SIGNALS,
+    )
+    command = [*own_command(), *arguments]
+    try:
+        elastic_launch(config, command[0])(*command[1:])
+    except SignalException:
+        sys.exit(1)  # the processes have said that they stopped
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            raise UserError(
+                f"process {rank + 1} of {nproc} was killed by {name}"
+                f"{' (often by the system, when memory runs out)' if name == 'SIGKILL' else ''}; "
+                "go on from the last checkpoint with --resume, or let --max-restarts do so"
+            ) from None
+        sys.exit(failure.exitcode)

@@ -1,0 +1,71 @@
+"""What makes a model train in many processes, compiled, or in less memory; parameters keep their names."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from segdeformer.engine.distributed import Processes
+from segdeformer.engine.resume import whole
+from segdeformer.models.segmenter import Segmenter
+
+
+def wrap_model(
+    model: Segmenter, processes: Processes, device: torch.device, *, compiled: bool, sharded: bool
+) -> Callable[[Tensor], Any]:
+    """What training calls: the model, compiled if wanted, its gradients averaged over the processes."""
+    forward: nn.Module = model
+    if compiled:
+        import torch._dynamo
+
+        torch._dynamo.config.allow_unspec_int_on_nn_module = True  # where a part's images stand is a number
+        forward = torch.compile(model)  # type: ignore[assignment]
+    if processes.size > 1 and not sharded:
+        # The strides of 1x1 convolutions' gradients differ in name only.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        forward = DistributedDataParallel(
+            forward,
+            device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+        )
+    return forward
+
+
+def checkpoint_activations(encoder: nn.Module) -> None:
+    """Compute the inside of every encoder block again for the gradients, instead of keeping it."""
+    for block in encoder_blocks(encoder):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def shard_model(model: Segmenter, device: torch.device) -> None:
+    """Give every process a share of each parameter (FSDP2), in place; blocks gather theirs when they run."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for block in encoder_blocks(model.encoder):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model in shares, put together in each process."""
+    return {name: whole(value) for name, value in model.state_dict().items()}
+
+
+def encoder_blocks(encoder: nn.Module) -> Iterator[nn.Module]:
+    """The blocks that an encoder is a stack of."""
+    for parent in encoder.modules():
+        for name, child in parent.named_children():
+            if name in ("blocks", "layer1", "layer2", "layer3", "layer4") and isinstance(
+                child, nn.Sequential | nn.ModuleList
+            ):
+                for block in child:  # Twins has lists of lists
+                    yield from block if isinstance(block, nn.ModuleList) else [block]

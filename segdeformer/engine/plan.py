@@ -1,0 +1,218 @@
+"""What a run will take, measured on its first steps, without leaving a trace; and what fits into memory."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from segdeformer.config import PeerConfig, Recipe
+from segdeformer.data.datasets import Dataset
+from segdeformer.data.loader import training_batch
+from segdeformer.engine.device import available_memory_mib, peak_memory_mib, restart_peak_memory
+from segdeformer.engine.distributed import ALONE, Processes, from_all
+from segdeformer.engine.run import Options, Run, start_run
+from segdeformer.engine.train import Step, train
+from segdeformer.errors import UserError
+from segdeformer.kernels.impl import Impl, choose_impl, choose_upsampling
+
+STEPS = 2
+USABLE = 0.9  # of a GPU's memory: the rest is the allocator's, and DDP's buckets
+USABLE_ON_CPU = 0.8
+
+
+class Rehearsal(NamedTuple):
+    """A run's first steps."""
+
+    run: Run
+    step_s: float  # the last one's: the first warms up
+    batch_s: float  # to read and augment a process's share of a batch, in one loader process
+    peak_mib: float  # of the GPU's allocator, or of the process on a CPU
+    losses: list[float]
+
+
+def rehearse(
+    recipe: Recipe,
+    train_data: Dataset,
+    val_data: Dataset,
+    *,
+    device: torch.device,
+    impl: Impl,
+    processes: Processes,
+    options: Options,
+) -> Rehearsal:
+    """Build the run in a folder that goes away and take two steps. Raises what the run would raise."""
+    steps = min(STEPS, recipe.train.iterations)
+    # No validation, and no save, within these steps.
+    rare = {"iterations": steps + 1, "validate_every": steps + 2, "checkpoint_every": steps + 2}
+    short = recipe.model_copy(update={"train": recipe.train.model_copy(update=rare)})
+    with tempfile.TemporaryDirectory(prefix="segdeformer-") as folder:
+        began = time.perf_counter()
+        training_batch(train_data, recipe, 0)
+        batch_s = (time.perf_counter() - began) / processes.size
+        restart_peak_memory(device)
+        run = start_run(
+            short,
+            Path(folder) / "run",
+            train_data=train_data,
+            val_data=val_data,
+            device=device,
+            impl=impl,
+            processes=processes,
+            options=options,
+        )
+        durations, losses = [], []
+        with contextlib.closing(train(run)) as events:
+            began = time.perf_counter()
+            for event in events:
+                if not isinstance(event, Step):
+                    continue
+                durations.append(time.perf_counter() - began)
+                losses.append(event.losses.total.item())
+                if len(losses) == steps:
+                    break
+                began = time.perf_counter()
+    run.iteration = 0  # of the run that it stands for
+    step_s = max(0.0, durations[-1] - batch_s)  # the steps have read their batches themselves
+    return Rehearsal(run, step_s, batch_s, peak_memory_mib(device), losses)
+
+
+class Kernel(NamedTuple):
+    """An operation of a model and what computes it in training."""
+
+    operation: str
+    size: str
+    implementation: str
+
+
+def kernels_of(recipe: Recipe, impl: Impl, device: torch.device, strides: tuple[int, ...]) -> list[Kernel]:
+    """What each operation takes at the size of a training crop, by the rules of `kernels.impl`."""
+    config = recipe.model
+    height, width = (math.ceil(side / strides[0]) for side in recipe.augment.crop)
+    num_pixels = height * width
+
+    def shaped(rows: int, columns: int) -> torch.Tensor:
+        return torch.empty(1, 1, 1, device=device).expand(1, rows, columns)
+
+    kernels = []
+    if config.context is not None and not isinstance(config.fusion, PeerConfig):
+        channels = config.fusion.width
+        reduction = config.context.reduction
+        num_keys = math.ceil(height / reduction) * math.ceil(width / reduction)
+        if config.context.internal is not None:
+            head = channels // config.context.internal.heads
+            chosen = choose_impl(
+                impl, shaped(num_pixels, head), shaped(num_keys, head), shaped(num_keys, head)
+            )
+            kernels.append(Kernel("internal attention", f"{num_pixels} x {num_keys}, {head} wide", chosen))
+        external = config.context.external
+        if external is not None and external.second_stage:
+            low_rank = config.context.projection == "affine" and reduction == 1
+            wide = config.num_classes if low_rank else channels
+            chosen = choose_impl(
+                impl,
+                shaped(num_pixels, wide),
+                shaped(num_keys, wide),
+                shaped(num_keys, wide),
+                operation="external_attention" if low_rank else "attention",
+            )
+            size = f"{num_pixels} x {num_keys}, {wide} wide{' (low rank)' if low_rank else ''}"
+            kernels.append(Kernel("external attention", size, chosen))
+    logits = torch.empty(1, 1, 1, 1, device=device).expand(1, config.num_classes, height, width)
+    size = f"{config.num_classes} x {height} x {width} -> {recipe.augment.crop[0]} x {recipe.augment.crop[1]}"
+    kernels.append(Kernel("upsampled loss", size, choose_upsampling(impl, "upsample_cross_entropy", logits)))
+    kernels.append(Kernel("upsampled argmax", size, choose_upsampling(impl, "upsample_argmax", logits)))
+    return kernels
+
+
+class Fit(NamedTuple):
+    """How a batch goes into memory."""
+
+    accumulate: int
+    part_size: int
+    peak_mib: float  # measured, or on a CPU expected, for one process
+    available_mib: float
+
+
+def fit_batch(
+    recipe: Recipe,
+    train_data: Dataset,
+    val_data: Dataset,
+    *,
+    device: torch.device,
+    impl: Impl,
+    processes: Processes,
+    options: Options,
+) -> Fit:
+    """The smallest accumulation with which a process's share of the batch fits into its memory.
+
+    On a GPU by trying; on a CPU, where one try too many ends everything, from two small parts. Every
+    process tries alone, and all take the largest answer. Raises `UserError` if one image is too much.
+    """
+    share = recipe.train.batch_size // processes.size
+    if share * processes.size != recipe.train.batch_size:
+        raise UserError(
+            f"train.batch_size is {recipe.train.batch_size}, which {processes.size} processes cannot share "
+            f"evenly; make it a multiple of {processes.size}"
+        )
+    alone = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": share})})
+
+    def peak_mib(part_size: int) -> float:
+        one_part = alone.model_copy(
+            update={"train": alone.train.model_copy(update={"batch_size": part_size})}
+        )
+        unshared = options._replace(accumulate=1, shard=False)
+        try:
+            rehearsal = rehearse(
+                one_part, train_data, val_data, device=device, impl=impl, processes=ALONE, options=unshared
+            )
+        except UserError as error:
+            if "out of" not in str(error):
+                raise
+            return math.inf
+        finally:
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        return rehearsal.peak_mib
+
+    part_sizes = [size for size in range(share, 0, -1) if share % size == 0]
+    available = available_memory_mib(device)
+    if device.type == "cuda":
+        fit = next(
+            (
+                Fit(share // size, size, peak, available)
+                for size in part_sizes
+                if (peak := peak_mib(size)) <= USABLE * available
+            ),
+            None,
+        )
+    else:
+        fit = _fit_on_cpu(share, part_sizes, available / processes.size, peak_mib)
+    if fit is None:
+        raise UserError(
+            f"not even {part_sizes[-1]} image fits into {available:,.0f} MiB; use --grad-checkpointing, or a "
+            "smaller augment.crop"
+        )
+    return max(from_all(fit, processes), key=lambda one: one.accumulate)
+
+
+def _fit_on_cpu(
+    share: int, part_sizes: list[int], available_mib: float, peak_mib: Callable[[int], float]
+) -> Fit | None:
+    """Memory grows by the image: two small parts tell how much."""
+    small, large = part_sizes[-1], part_sizes[-2] if len(part_sizes) > 1 else part_sizes[-1]
+    least, more = peak_mib(small), peak_mib(large)
+    per_image = max(0.0, more - least) / max(1, large - small)
+    for size in part_sizes:
+        expected = least + per_image * (size - small)
+        if expected <= USABLE_ON_CPU * available_mib:
+            return Fit(share // size, size, expected, available_mib)
+    return None
