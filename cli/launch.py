@@ -7,21 +7,11 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-import segdeformer
+from segdeformer.engine.command import own_command, own_environment
 from segdeformer.errors import UsageError, UserError
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # what the launcher hands on to its processes
-
-
-def own_command() -> list[str]:
-    """`segdeformer` as this process runs it, for a child: files in the working folder hide no module (-P)."""
-    home = str(Path(segdeformer.__file__).parents[1])
-    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    if home not in path:
-        os.environ["PYTHONPATH"] = os.pathsep.join([home, *filter(None, path)])
-    return [sys.executable, "-P", "-m", "segdeformer"]
 
 
 def launch(nproc: int, arguments: Sequence[str], *, max_restarts: int) -> None:
@@ -55,6 +45,7 @@ def launch(nproc: int, arguments: Sequence[str], *, max_restarts: int) -> None:
         logs_specs=DefaultLogsSpecs(),
         signals_to_handle=SIGNALS,
     )
+    os.environ.update(own_environment())  # the launcher hands it on
     command = [*own_command(), *arguments]
     try:
         elastic_launch(config, command[0])(*command[1:])

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from segdeformer import __version__
+from segdeformer.cli.ablate import ablate_command
 from segdeformer.cli.bench import bench_command
+from segdeformer.cli.convert import convert_command
 from segdeformer.cli.data import data_app
 from segdeformer.cli.eval import eval_command
 from segdeformer.cli.predict import predict_command
@@ -31,6 +33,8 @@ app.command("eval")(eval_command)
 app.command("predict")(predict_command)
 app.command("recipes")(recipes_command)
 app.command("bench")(bench_command)
+app.command("convert")(convert_command)
+app.command("ablate")(ablate_command)
 app.add_typer(data_app, name="data")
 
 

@@ -28,7 +28,8 @@ PROTOCOLS = {
 
 def recipe(*, iterations: int) -> Recipe:
     """Dropout, drop path, BatchNorm, class weights, an average over the labelled pixels: all that could
-    depend on how a batch is shared out. The rate is the paper's: Adam turns rounding into steps of its size."""
+    depend on how a batch is shared out. The rate is small, since Adam turns rounding into steps of its size.
+    """
     base = load_recipe("synthetic")
     encoder = base.model.encoder.model_copy(update={"drop_path": 0.3})
     config = {

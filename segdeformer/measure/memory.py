@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from segdeformer.engine.command import own_command, own_environment
 from segdeformer.engine.device import peak_resident_mib
 from segdeformer.errors import UserError
 from segdeformer.measure.contenders import Built, Contender, Setting, build, make_run, random_images
@@ -46,8 +47,8 @@ def measure_memory(built: Built, *, batch: int, size: tuple[int, int], argmax: b
         return _on_gpu(built, batch, size, argmax)
     spec = {**contender._asdict(), "setting": contender.setting._asdict()}
     spec |= {"batch": batch, "size": size, "argmax": argmax}
-    command = [sys.executable, "-m", __name__, json.dumps(spec)]
-    answer = subprocess.run(command, capture_output=True, text=True)
+    command = [*own_command(__name__), json.dumps(spec)]
+    answer = subprocess.run(command, capture_output=True, text=True, env=own_environment())
     if answer.returncode:
         reason = (answer.stderr.strip().splitlines() or ["no message"])[-1]
         if answer.returncode == -9:
