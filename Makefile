@@ -12,7 +12,7 @@ demo: $(RUN)/installed  ## train, score and picture a SegDeformer in a few minut
 	$(RUN)/bin/segdeformer eval --json runs/demo-scores.json --picture runs/demo-validation.png
 
 test: $(DEV)/installed  ## the whole test suite
-	$(DEV)/bin/python -m pytest
+	$(DEV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(DEV)/installed  ## style and types
 	$(DEV)/bin/ruff check .

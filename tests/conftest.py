@@ -2,10 +2,14 @@
 
 import os
 
-import torch
-
 # As the command line does it: waiting threads give their core away (see cli/main.py).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# With `pytest -n`, each of the processes takes one core. Read once, when PyTorch loads.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which is chosen when they are imported.
 if not torch.cuda.is_available():

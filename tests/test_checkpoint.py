@@ -1,7 +1,6 @@
 """Checkpoints are whole or absent, and a run that goes on from one is the run that was never stopped."""
 
 import hashlib
-import itertools
 import os
 import shutil
 from pathlib import Path
@@ -20,13 +19,12 @@ from segdeformer.engine.checkpoint import (
     file_sha256,
     find_checkpoint,
     load,
-    load_state,
     newest_run,
     read_checkpoint,
     save_checkpoint,
-    save_state,
 )
 from segdeformer.engine.runlog import RunLog, read_metrics
+from segdeformer.engine.saves import newest, read_state, store
 from segdeformer.engine.train import Run, Stopped, Validated, resume_run, save_run, start_run, train
 from segdeformer.errors import UserError
 
@@ -127,9 +125,9 @@ def test_equal_models_make_equal_files(tmp_path, whole):
 def test_files_of_a_run_can_be_read_by_others_as_the_umask_allows(whole):
     umask = os.umask(0)
     os.umask(umask)
-    assert {path.name: path.stat().st_mode & 0o777 for path in whole.iterdir()} == {
-        path.name: 0o666 & ~umask for path in whole.iterdir()
-    }
+    modes = {path: path.stat().st_mode & 0o777 for path in whole.rglob("*")}
+    assert len(modes) > 8
+    assert modes == {path: (0o777 if path.is_dir() else 0o666) & ~umask for path in modes}
 
 
 # Which checkpoint is meant.
@@ -138,6 +136,8 @@ def test_files_of_a_run_can_be_read_by_others_as_the_umask_allows(whole):
 def test_a_run_folder_stands_for_its_best_then_its_last(tmp_path, whole):
     assert find_checkpoint(whole) == whole / BEST
     assert find_checkpoint(whole / LAST) == whole / LAST
+    folder = whole / "checkpoints/iteration-000006"
+    assert find_checkpoint(folder) == folder / "model.safetensors"
     (tmp_path / LAST).write_bytes(b"")
     assert find_checkpoint(tmp_path) == tmp_path / LAST
     (tmp_path / LAST).unlink()
@@ -199,27 +199,28 @@ def test_weights_that_do_not_fit_the_recipe_are_counted_and_named(tmp_path, whol
 # Nothing is half-written.
 
 
-@pytest.mark.parametrize(("limit_kib", "name"), [(1, "state"), (4000, "state"), (3000, "weights")])
-def test_no_space_leaves_the_previous_pair_and_no_temporary_file(tmp_path, whole, limit_kib, name):
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("limit_kib", [1, 3000, 4000])
+def test_no_space_leaves_the_checkpoint_before_and_no_temporary_file(tmp_path, whole, limit_kib):
+    """The limits stop the weights, and then, with larger weights' worth of room, the optimiser's state."""
     folder = shutil.copytree(whole, tmp_path / "run")
     run = resumed(folder)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = contents(folder)
     run.model.decoder.head.classify.bias.data.add_(1)
-    run.iteration = 7  # both files are new
-    if name == "weights":
-        run.optimizer.state.clear()  # then the state is small enough
+    run.iteration = 7
     with no_file_above(limit_kib * 2**10):
         message = message_of(save_run, run)
-    refused = folder / {"state": "state-0000007.pt", "weights": LAST}[name]
-    assert message.startswith(f"{refused}: cannot be written (")
-    assert message.endswith("); free space or choose another place")
-    after = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert {name: after[name] for name in before} == before
-    assert after.keys() - before.keys() <= {"state-0000007.pt"}  # whole, and used by nothing
+    assert message.startswith(f"{folder}: the checkpoint of iteration 7 cannot be written (File too large); ")
+    assert message.endswith("that of iteration 6 is kept: make room and go on with --resume")
+    assert contents(folder) == before
     assert resumed(folder).iteration == 6
     save_run(run)  # room again
+    assert resumed(folder).iteration == 7
     assert load(folder / LAST).model.decoder.head.classify.bias.min() > 0.5
-    assert {path.name for path in folder.glob("state-*")} == {"state-0000007.pt"}
 
 
 def test_ctrl_c_while_a_file_is_written_leaves_the_previous_one(tmp_path, monkeypatch, whole):
@@ -241,19 +242,6 @@ def test_ctrl_c_while_a_file_is_written_leaves_the_previous_one(tmp_path, monkey
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {LAST: b"previous"}
 
 
-def test_a_kill_between_the_two_files_of_a_save_leaves_a_pair_that_fits(tmp_path):
-    run = start_run(tiny_recipe(), tmp_path, **DATA)
-    for _ in itertools.takewhile(lambda event: not isinstance(event, Validated), train(run)):
-        pass  # killed at the validation of iteration 4
-    save_run(run)
-    run.iteration = 6
-    save_state(tmp_path, run.optimizer, 6)  # ... and here, before last.safetensors
-    again = resumed(tmp_path)
-    assert again.iteration == 4
-    save_run(again)
-    assert sorted(path.name for path in tmp_path.glob("state-*")) == ["state-0000004.pt"]
-
-
 def test_a_full_disk_under_the_diary_is_one_line(tmp_path):
     def write_to_a_full_disk() -> None:
         with Path("/dev/full").open("a") as full, RunLog(tmp_path, since=0) as log:
@@ -266,32 +254,39 @@ def test_a_full_disk_under_the_diary_is_one_line(tmp_path):
     )
 
 
-# The optimiser's state.
+# What a run goes on from.
 
 
-@pytest.mark.parametrize(
-    "junk",
-    [b"", b"garbage, no pickle", b"\x80\x02garbage", b"PK\x03\x04 a zip cut off"],
-    ids=["empty", "text", "pickle", "zip"],
-)
-def test_a_damaged_state_is_one_line_that_names_it(tmp_path, junk):
-    run = start_run(tiny_recipe(), tmp_path, **DATA)
-    path = tmp_path / "state-0000000.pt"
-    path.write_bytes(junk)
-    message = message_of(load_state, tmp_path, run.optimizer, 0)
-    assert message.startswith(f"{path} cannot be read (")
-    assert message.endswith("); this run cannot be resumed")
+def test_a_truncated_checkpoint_is_passed_over_and_the_run_ends_as_the_unbroken_one(tmp_path, whole):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    state = folder / "checkpoints/iteration-000006/training.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    run = resumed(folder)
+    assert run.iteration == 4
+    assert run.warnings == [
+        f"{state.parent} is damaged (training.pt is not what was written) and skipped; "
+        "going on from the one before it"
+    ]
+    for _ in train(run):
+        pass
+    assert weights_digest(folder / LAST) == weights_digest(whole / LAST)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "iteration-000004",
+        "iteration-000006",
+    ]
 
 
-def test_a_missing_state_is_named(tmp_path):
-    run = start_run(tiny_recipe(), tmp_path, **DATA)
-    assert "state-0000003.pt cannot be read (" in message_of(load_state, tmp_path, run.optimizer, 3)
-
-
-def test_a_state_of_another_model_is_refused(tmp_path):
-    run = start_run(tiny_recipe(), tmp_path, **DATA)
-    save_state(tmp_path, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3))]), 0)
-    assert message_of(load_state, tmp_path, run.optimizer, 0).endswith("; this run cannot be resumed")
+def test_a_state_of_another_model_is_refused(tmp_path, whole):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    stored = newest(folder)
+    state = read_state(stored)
+    first = next(iter(state["optimizer"]))
+    state["optimizer"][first]["exp_avg"] = torch.zeros(3, 1)
+    store(folder, iteration=7, write_model=lambda path: shutil.copy(stored.model, path), state=state)
+    assert message_of(resumed, folder) == (
+        f"{folder}/checkpoints/iteration-000007 holds the optimiser's state of another model (`{first}`); "
+        "it cannot be resumed"
+    )
 
 
 # Same seed, same weights: twice, with workers, and after a stop.
@@ -336,9 +331,10 @@ def test_a_run_stopped_in_its_last_validation_is_validated_when_it_goes_on(tmp_p
     assert (tmp_path / BEST).read_bytes() == (whole / BEST).read_bytes()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
-    run = start_run(tiny_recipe(learning_rate=1e30, warmup_iterations=0), tmp_path, **DATA)
-    with pytest.raises(UserError, match=r"the loss is nan at iteration \d \(batch of train0"):
+def test_a_loss_that_stays_not_finite_stops_the_run_before_it_is_saved(tmp_path):
+    recipe = tiny_recipe(learning_rate=1e30, warmup_iterations=0, max_skipped_steps=2)
+    run = start_run(recipe, tmp_path, **DATA)
+    with pytest.raises(UserError, match=r"^loss or gradient not finite in 3 steps in a row, 2 are allowed"):
         list(train(run))
-    if (tmp_path / LAST).exists():
-        assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / LAST).values())
+    assert newest(tmp_path) is None
+    assert not (tmp_path / LAST).exists()

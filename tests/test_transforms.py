@@ -9,12 +9,13 @@ from segdeformer.config import AugmentConfig, DataConfig, EvalConfig
 from segdeformer.data.built_in import SyntheticDataset
 from segdeformer.data.datasets import Sample
 from segdeformer.data.transforms import (
+    Crop,
     augment,
     distort_colors,
+    fill,
     fit_size,
     normalise,
     one_class_dominates,
-    pad,
     random_crop,
     random_flips,
     random_resize,
@@ -296,10 +297,9 @@ def test_normalise_equals_its_formula_in_float64():
 
 
 def test_padding_is_zero_after_normalising_and_ignored():
-    image, labels = np.full((3, 4, 3), 9.0, np.float32), np.full((3, 4), 2, np.uint8)
-    crop = pad(image, labels, (5, 9))
-    assert crop.image_3HW.shape == (3, 5, 9)
-    assert crop.labels_HW.shape == (5, 9)
+    image, labels = np.full((3, 4, 3), 9, np.uint8), np.full((3, 4), 2, np.uint8)
+    crop = Crop(np.full((3, 5, 9), np.nan, np.float32), np.full((5, 9), 7, np.uint8))
+    fill(crop, image, labels, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     assert (crop.image_3HW[:, :3, :4] == 9).all()
     assert (crop.labels_HW[:3, :4] == 2).all()
     assert crop.image_3HW.sum() == 9 * 36

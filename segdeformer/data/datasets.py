@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, get_args
 
+import cv2
 import numpy as np
 
 from segdeformer.config import IGNORE_INDEX, DataConfig, DataName
@@ -79,17 +80,21 @@ def check_same_size(pair: Pair, image_hw: tuple[int, ...], labels_hw: tuple[int,
 
 def map_labels(labels_HW: np.ndarray, label_map: LabelMap, path: Path) -> np.ndarray:
     """Class ids (uint8) of the ids in the file `path`; a `UserError` lists those that `label_map` lacks."""
-    if labels_HW.dtype == np.uint8:
-        present = np.flatnonzero(np.bincount(labels_HW.ravel(), minlength=256))
-    else:
-        present = np.unique(labels_HW)
+    is_byte = labels_HW.dtype == np.uint8
+    present = np.flatnonzero(level_counts(labels_HW)) if is_byte else np.unique(labels_HW)
     unknown = [int(label) for label in present if int(label) not in label_map]
     if unknown:
         raise UserError(f"{path}: {_explain_ids(unknown, label_map)}")
     table = np.zeros(256, np.uint8)
     table[list(label_map)] = list(label_map.values())
-    classes_HW: np.ndarray = table[labels_HW]
+    classes_HW: np.ndarray = cv2.LUT(labels_HW, table) if is_byte else table[labels_HW]
     return classes_HW
+
+
+def level_counts(levels: np.ndarray) -> np.ndarray:
+    """How often each of the 256 levels occurs in (H, W) uint8."""
+    counts = cv2.calcHist([levels], [0], None, [256], [0, 256])
+    return counts.ravel().astype(np.int64)
 
 
 def _explain_ids(unknown: list[int], label_map: LabelMap) -> str:

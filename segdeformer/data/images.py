@@ -45,7 +45,7 @@ def read_image(path: Path) -> np.ndarray:
         pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if pixels.dtype != np.uint8:
         raise UserError(f"{path}: pixels are {pixels.dtype}; save it with 8 or 16 bits a channel")
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
 
 
 def read_labels(path: Path) -> np.ndarray:

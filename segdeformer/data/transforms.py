@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from segdeformer.config import IGNORE_INDEX, AugmentConfig, DataConfig, EvalConfig
-from segdeformer.data.datasets import Sample
+from segdeformer.data.datasets import Sample, level_counts
 
 CROP_REDRAWS = 10
 BRIGHTNESS_SHIFT = 32.0
@@ -32,13 +32,22 @@ class Crop(NamedTuple):
     labels_HW: np.ndarray  # uint8; 255 where padded
 
 
-def augment(sample: Sample, config: AugmentConfig, data: DataConfig, rng: np.random.Generator) -> Crop:
-    """One random training crop of the sample; a function of the sample and the generator's state."""
+def augment(
+    sample: Sample,
+    config: AugmentConfig,
+    data: DataConfig,
+    rng: np.random.Generator,
+    *,
+    out: Crop | None = None,
+) -> Crop:
+    """One random training crop of the sample, in `out` if given; a function of sample and generator state."""
     sample = random_resize(sample, config, rng)
     sample = random_crop(sample, config, rng)
     sample = random_flips(sample, config, rng)
     image_HW3 = distort_colors(sample.image_HW3, rng) if config.photometric else sample.image_HW3
-    return pad(normalise(image_HW3, data.mean, data.std), sample.labels_HW, config.crop)
+    crop = out or Crop(np.empty((3, *config.crop), np.float32), np.empty(config.crop, np.uint8))
+    fill(crop, image_HW3, sample.labels_HW, data.mean, data.std)
+    return crop
 
 
 def random_resize(sample: Sample, config: AugmentConfig, rng: np.random.Generator) -> Sample:
@@ -70,7 +79,7 @@ def _random_window(size_hw: tuple[int, ...], crop_hw: Size, rng: np.random.Gener
 
 def one_class_dominates(labels_HW: np.ndarray, max_share: float) -> bool:
     """Whether fewer than two classes are present, or the largest has `max_share` of the valid pixels."""
-    counts = np.bincount(labels_HW.ravel(), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
+    counts = level_counts(labels_HW)[:IGNORE_INDEX]
     return bool(np.count_nonzero(counts) < 2 or counts.max() >= max_share * counts.sum())
 
 
@@ -78,7 +87,7 @@ def random_flips(sample: Sample, config: AugmentConfig, rng: np.random.Generator
     """Mirror left-right and top-bottom with the configured probabilities, then turn by quarters."""
     image_HW3, labels_HW, _ = sample
     if rng.random() < config.horizontal_flip:
-        image_HW3, labels_HW = image_HW3[:, ::-1], labels_HW[:, ::-1]
+        image_HW3, labels_HW = cv2.flip(image_HW3, 1), cv2.flip(labels_HW, 1)
     if rng.random() < config.vertical_flip:
         image_HW3, labels_HW = image_HW3[::-1], labels_HW[::-1]
     if config.quarter_turns:
@@ -112,20 +121,20 @@ def distort_colors(image_HW3: np.ndarray, rng: np.random.Generator) -> np.ndarra
 def scale_levels(levels: np.ndarray, *, gain: float = 1.0, shift: float = 0.0) -> np.ndarray:
     """gain * level + shift for uint8 levels, clipped to 0...255 and truncated."""
     table = np.clip(np.arange(256, dtype=np.float32) * gain + shift, 0, 255).astype(np.uint8)
-    scaled: np.ndarray = table[levels]
-    return scaled
+    return cv2.LUT(levels, table).reshape(levels.shape)
 
 
 def scale_saturation(image_HW3: np.ndarray, gain: float) -> np.ndarray:
     hsv_HW3 = cv2.cvtColor(image_HW3, cv2.COLOR_RGB2HSV)
-    hsv_HW3[:, :, 1] = scale_levels(hsv_HW3[:, :, 1], gain=gain)
+    cv2.insertChannel(scale_levels(cv2.extractChannel(hsv_HW3, 1), gain=gain), hsv_HW3, 1)
     return cv2.cvtColor(hsv_HW3, cv2.COLOR_HSV2RGB)
 
 
 def shift_hue(image_HW3: np.ndarray, steps: int) -> np.ndarray:
     """Turn the hue by `steps` of 2 degrees, round the circle."""
     hsv_HW3 = cv2.cvtColor(image_HW3, cv2.COLOR_RGB2HSV)
-    hsv_HW3[:, :, 0] = (hsv_HW3[:, :, 0].astype(np.int16) + steps) % HUES
+    table = ((np.arange(256) + steps) % HUES).astype(np.uint8)
+    cv2.insertChannel(cv2.LUT(cv2.extractChannel(hsv_HW3, 0), table), hsv_HW3, 0)
     return cv2.cvtColor(hsv_HW3, cv2.COLOR_HSV2RGB)
 
 
@@ -133,16 +142,32 @@ def normalise(
     image_HW3: np.ndarray, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> np.ndarray:
     """(level - mean) / std per RGB channel, float32."""
-    return (image_HW3.astype(np.float32) - np.array(mean, np.float32)) / np.array(std, np.float32)
+    return cv2.LUT(image_HW3, level_values(mean, std)[None])
 
 
-def pad(image_HW3: np.ndarray, labels_HW: np.ndarray, size_hw: Size) -> Crop:
-    """Fill up to the size on the right and below, the normalised image with 0 and the labels with 255."""
+def level_values(mean: tuple[float, float, float], std: tuple[float, float, float]) -> np.ndarray:
+    """(256, 3) float32: what each level of each RGB channel becomes."""
+    levels_L1 = np.arange(256, dtype=np.float32)[:, None]
+    return (levels_L1 - np.array(mean, np.float32)) / np.array(std, np.float32)
+
+
+def fill(
+    crop: Crop,
+    image_HW3: np.ndarray,
+    labels_HW: np.ndarray,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> None:
+    """Put both at the top left of the crop, the image normalised; pad it with 0 and the labels with 255."""
     height, width = labels_HW.shape
-    crop = Crop(np.zeros((3, *size_hw), np.float32), np.full(size_hw, IGNORE_INDEX, np.uint8))
-    crop.image_3HW[:, :height, :width] = image_HW3.transpose(2, 0, 1)
+    tables_3L = np.ascontiguousarray(level_values(mean, std).T)
+    for plane_HW, levels_HW, table_L in zip(crop.image_3HW, cv2.split(image_HW3), tables_3L, strict=True):
+        plane_HW[height:] = 0
+        plane_HW[:height, width:] = 0
+        plane_HW[:height, :width] = cv2.LUT(levels_HW, table_L)
+    crop.labels_HW[height:] = IGNORE_INDEX
+    crop.labels_HW[:height, width:] = IGNORE_INDEX
     crop.labels_HW[:height, :width] = labels_HW
-    return crop
 
 
 def fit_size(size_hw: tuple[int, ...], resize_to: Size | None, *, ratio: float = 1.0) -> Size:
