@@ -28,6 +28,8 @@ import torch
 
 from segdeformer.config import ContextConfig, ExternalConfig, InternalConfig, ModelConfig, load_recipe
 from segdeformer.engine.device import peak_resident_mib
+from segdeformer.kernels.commit import commit
+from segdeformer.measure.machine import cpu_name
 from segdeformer.models.segmenter import Segmenter, build_model
 
 WAYS = ("folded", "ours", "textbook", "segformer")
@@ -57,8 +59,8 @@ def build(way: str, model: str, num_classes: int) -> Segmenter:
     torch.manual_seed(0)
     if way == "textbook":
         return build_model(config, impl="reference", external_form="plain").eval()
-    model = build_model(config).eval()
-    return model.fold() if way == "folded" else model
+    built = build_model(config).eval()
+    return built.fold() if way == "folded" else built
 
 
 def image(size: int) -> torch.Tensor:
@@ -93,18 +95,6 @@ def measure(arguments: argparse.Namespace, num_classes: int) -> Times:
             model(x)
             taken[way].append(time.perf_counter() - began)
     return Times(taken, difference)
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU"
-    )
-
-
-def commit() -> str:
-    answer = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return answer.stdout.strip() or "unknown"
 
 
 def rows(arguments: argparse.Namespace, num_classes: int) -> dict[str, object]:

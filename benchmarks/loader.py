@@ -40,7 +40,8 @@ from torchvision.transforms import v2
 from segdeformer.config import DataConfig, Recipe, load_recipe
 from segdeformer.data.datasets import open_dataset
 from segdeformer.data.loader import training_batches
-from segdeformer.kernels.tuned_file import commit
+from segdeformer.kernels.commit import commit
+from segdeformer.measure.machine import cpu_name
 
 NUM_PAIRS = 64
 SIZES_HW = ((512, 683), (683, 512), (512, 512), (512, 768))  # most of ADE20K has a short edge of 512
@@ -185,7 +186,7 @@ def main() -> None:
         result = {
             "what": f"training batches of 16 crops of 512x512, float32, from {NUM_PAIRS} pairs of "
             f"{', '.join(f'{w}x{h}' for h, w in SIZES_HW)} px; images per second, median of the rounds",
-            "hardware": f"{cpu_name()}, {os.cpu_count()} cores",
+            "hardware": cpu_name(),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -212,13 +213,6 @@ def main() -> None:
     print(text)
     if arguments.json:
         arguments.json.write_text(text + "\n", "utf-8")
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU"
-    )
 
 
 if __name__ == "__main__":

@@ -59,7 +59,9 @@ def make_plan(
     else:
         assert table is not None
         title, rows = table_title(table, common), table_rows(table, common)
-    return Plan(title, common, with_weights(rows, _weights_of(weights, rows)), seeds)
+    rows = with_weights(rows, _weights_of(weights, rows))
+    _check_weights(rows)
+    return Plan(title, common, rows, seeds)
 
 
 def _table_number(what: str) -> int | None:
@@ -110,6 +112,16 @@ def _weights_of(given: list[str], rows: tuple[PlannedRow, ...]) -> dict[str, str
                 f"--weights {text}: name the encoder, ENCODER=FILE; the rows have {', '.join(names)}"
             )
     return chosen
+
+
+def _check_weights(rows: tuple[PlannedRow, ...]) -> None:
+    """Raise `UsageError` for a weights file that is not there, before the rows ahead of it are trained."""
+    from segdeformer.errors import UsageError
+
+    for row in rows:
+        weights = row.recipe.model.encoder.weights
+        if weights not in ("timm", "none") and not Path(weights).is_file():
+            raise UsageError(f"row `{row.name}`: `model.encoder.weights` is `{weights}`; no such file")
 
 
 def _absolute(weights: str) -> str:

@@ -284,6 +284,7 @@ def test_a_mistake_in_a_file_is_told_in_one_line_with_row_and_key(tmp_path, monk
             ["table7", "--base", "synthetic", "--weights", "a.pth"],
             "--weights a.pth: name the encoder, ENCODER=F",
         ),
+        (["gone.toml"], "row `b`: `model.encoder.weights` is `gone.pth`; no such file"),
         (["table6", "--base", "synthetic", "--seeds", "0"], "--seeds 0: a row needs at least one seed"),
         (["table6", "--base", "synthetic", "--impl", "magic"], "--impl is `magic`"),
     ],
@@ -291,6 +292,7 @@ def test_a_mistake_in_a_file_is_told_in_one_line_with_row_and_key(tmp_path, monk
 def test_a_wrong_command_is_told_in_one_line(tmp_path, monkeypatch, arguments, told) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.toml").write_text(f'base = "synthetic"\n{TWO}')
+    Path("gone.toml").write_text(f'base = "synthetic"\n{TWO}model.encoder.weights = "gone.pth"\n')
     result = RUNNER.invoke(app, ["ablate", *arguments])
     assert result.exit_code == 2 and result.stdout == ""
     assert result.stderr.startswith(f"error: {told}"), result.stderr

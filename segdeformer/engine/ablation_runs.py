@@ -17,13 +17,15 @@ from typing import NamedTuple
 
 from segdeformer.engine.ablation_folder import log_path, recipe_path, run_path
 from segdeformer.engine.ablation_plan import Plan, Run, runs_in_order
+from segdeformer.engine.checkpoint import LAST
 from segdeformer.engine.command import own_command, own_environment
+from segdeformer.engine.image_counts import IMAGE_COUNTS
+from segdeformer.engine.run import RECIPE
+from segdeformer.engine.runlog import METRICS
 
 TRAIN = (*own_command(), "train")
 SCORE = tuple(own_command("segdeformer.cli.ablate_score"))
-LAST, RECIPE, METRICS = "last.safetensors", "recipe.toml", "metrics.jsonl"  # of a run folder
-CHECKPOINTS = "checkpoints/iteration-*"
-SCORES = "images.npz"
+CHECKPOINTS = "checkpoints/iteration-*"  # of a run folder
 
 POLL_S = 0.25
 # Becomes the program that its arguments name, after it has asked Linux for SIGINT at its parent's death (1 is
@@ -145,7 +147,7 @@ class _Job:
 
 def is_finished(folder: Path, run: Run) -> bool:
     """Trained to the end and scored."""
-    return (run_path(folder, run) / SCORES).is_file()
+    return (run_path(folder, run) / IMAGE_COUNTS).is_file()
 
 
 def execute(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import tomllib
-from importlib import resources
 from typing import Any, NamedTuple
 
 from segdeformer.ablations import TABLES, Context, ModelOf, Row
+from segdeformer.paper import table_rows
 
 
 class PaperValue(NamedTuple):
@@ -31,10 +29,10 @@ def _printed(table: int, row: Row) -> dict[str, Any]:
     """The table's row with the same fields. Table 8 prints its baseline twice, with one score."""
     match row:
         case ModelOf(recipe):
-            return next(r for r in _tables()[table]["rows"] if recipe in r.get("recipes", []))
+            return next(r for r in table_rows(table) if recipe in r.get("recipes", []))
         case Context():
             fields = _fields(table, row)
-            return next(r for r in _tables()[table]["rows"] if {k: r.get(k) for k in fields} == fields)
+            return next(r for r in table_rows(table) if {k: r.get(k) for k in fields} == fields)
 
 
 def _fields(table: int, row: Context) -> dict[str, Any]:
@@ -48,9 +46,3 @@ def _fields(table: int, row: Context) -> dict[str, Any]:
         off = {"tokens": None, "attention_loss": False, "second_stage": False, "decouple": False}
         return off if external is None else {name: getattr(external, name) for name in off}
     return {"internal": internal is not None, "external": external is not None}
-
-
-@functools.cache
-def _tables() -> dict[int, dict[str, Any]]:
-    text = (resources.files("segdeformer") / "paper.toml").read_text("utf-8")
-    return {table["number"]: table for table in tomllib.loads(text)["tables"]}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import tomllib
-from importlib import resources
 from typing import Any, NamedTuple
+
+from segdeformer.paper import paper, table_rows
 
 TABLES_OF_MODELS = (1, 7, 8)
 SPEED_TABLE = 7
@@ -36,17 +35,6 @@ class PaperSpeed(NamedTuple):
     relative: float  # to SegFormer-B2
 
 
-@functools.cache
-def paper() -> dict[str, Any]:
-    """paper.toml as it stands."""
-    return tomllib.loads(resources.files("segdeformer").joinpath("paper.toml").read_text("utf-8"))
-
-
-def _rows(number: int) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = next(t["rows"] for t in paper()["tables"] if t["number"] == number)
-    return rows
-
-
 def params_rows() -> list[ParamsRow]:
     """Every model row of Tables 1, 7 and 8, once for each of its recipes."""
     about = paper()["parameters"]
@@ -61,7 +49,7 @@ def params_rows() -> list[ParamsRow]:
             remark=about["no_recipe"][row["method"]] if recipe is None else about["remarks"].get(recipe, ""),
         )
         for number in TABLES_OF_MODELS
-        for row in _rows(number)
+        for row in table_rows(number)
         for recipe in row.get("recipes", [None])
     ]
 
@@ -77,7 +65,7 @@ def _label(row: dict[str, Any]) -> str:
 
 def paper_speeds() -> dict[str, PaperSpeed]:
     """Table 7's frames per second by recipe, with their ratio to SegFormer-B2."""
-    rows = _rows(SPEED_TABLE)
+    rows = table_rows(SPEED_TABLE)
     base = next(row["fps"] for row in rows if row["method"] == SPEED_BASE)
     return {
         name: PaperSpeed(row["method"], row["fps"], row["fps"] / base)

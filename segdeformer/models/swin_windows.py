@@ -26,4 +26,4 @@ def pad_before_shifting(backbone: nn.Module) -> None:
     """Let every Swin block of a timm model pad first."""
     for module in backbone.modules():
         if type(module) is SwinTransformerBlock:
-            module.__class__ = PaddedSwinBlock
+            module.__class__ = PaddedSwinBlock  # timm's models take no class for their blocks
