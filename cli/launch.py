@@ -6,12 +6,14 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 
+from segdeformer.cli.stopping import answered_signals
 from segdeformer.engine.command import own_command, own_environment
 from segdeformer.errors import UsageError, UserError
 
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # what the launcher hands on to its processes
+SAVING_S = 120  # that processes have after a signal to finish a step and save; older PyTorch always gives 30
 
 
 def launch(nproc: int, arguments: Sequence[str], *, max_restarts: int) -> None:
@@ -32,23 +34,25 @@ def launch(nproc: int, arguments: Sequence[str], *, max_restarts: int) -> None:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # our processes speak for themselves
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id="segdeformer",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        rdzv_configs={"timeout": 60},
-        max_restarts=max_restarts,
-        monitor_interval=0.1,
-        logs_specs=DefaultLogsSpecs(),
-        signals_to_handle=SIGNALS,
-    )
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_S))
     os.environ.update(own_environment())  # the launcher hands it on
     command = [*own_command(), *arguments]
     try:
-        elastic_launch(config, command[0])(*command[1:])
+        with tempfile.TemporaryDirectory(prefix="segdeformer-") as folder:
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=nproc,
+                run_id="segdeformer",
+                rdzv_backend="c10d",
+                rdzv_endpoint="localhost:0",
+                rdzv_configs={"timeout": 60},
+                max_restarts=max_restarts,
+                monitor_interval=0.1,
+                logs_specs=DefaultLogsSpecs(log_dir=folder),  # it leaves folders there
+                signals_to_handle=",".join(number.name for number in answered_signals()),
+            )
+            elastic_launch(config, command[0])(*command[1:])
     except SignalException:
         sys.exit(1)  # the processes have said that they stopped
     except ChildFailedError as error:

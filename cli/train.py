@@ -12,6 +12,7 @@ import typer
 
 from segdeformer.cli.errors import one_line_errors
 from segdeformer.cli.options import ClassesFile, Device, ImplName
+from segdeformer.cli.stopping import ended_by_signals
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,7 @@ UNREADABLE = ("unreadable image", "unreadable label map")  # findings that --bad
 
 
 @one_line_errors
+@ended_by_signals()
 def train_command(
     recipe: Annotated[
         str | None,
@@ -114,6 +116,8 @@ def train_command(
     from segdeformer.engine.distributed import joined_processes, own_device, started_by_torchrun
     from segdeformer.errors import UsageError
 
+    if max_restarts and not started_by_torchrun() and (nproc or 1) == 1:
+        raise UsageError("--max-restarts needs --nproc, whose launcher starts again what has died")
     wanted = Wanted(recipe, data, classes, out, iterations, batch, seed, weights, precision)
     if nproc is not None and nproc > 1 and not started_by_torchrun():
         makes_folder = out is None and not resume and not dry_run

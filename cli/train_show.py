@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from segdeformer.cli.stopping import stop_request
+from segdeformer.cli.stopping import StoppedError, stop_request
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,9 +95,8 @@ def _changes(before: Any, after: Any, path: str = "") -> Iterator[str]:
 def train_and_show(console: Console, run: Run, *, workers: int) -> None:
     """Train to the end, or until a signal asks to stop; then `UserError` says how to go on."""
     from segdeformer.cli.progress import TrainingProgress
-    from segdeformer.engine.distributed import add_up, explained_loss
+    from segdeformer.engine.distributed import add_up, any_of, explained_loss
     from segdeformer.engine.train import Skipped, Stopped, Validated, Validating, train
-    from segdeformer.errors import UserError
 
     best: Validated | None = None
     with stop_request() as should_stop, TrainingProgress(console, run) as progress:
@@ -112,7 +111,9 @@ def train_and_show(console: Console, run: Run, *, workers: int) -> None:
                 case Skipped():
                     progress.skipped(event)
                 case Stopped():
-                    raise UserError(
+                    with explained_loss():
+                        any_of(False, run.processes)  # the first one has saved
+                    raise StoppedError(
                         f"stopped by {should_stop.source} after iteration {event.iteration:,}, all is saved; "
                         f"go on with: segdeformer train --resume --out {run.folder}"
                     )

@@ -13,12 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from segdeformer.cli.train import choose_workers
+from segdeformer.data.built_in import SyntheticDataset
 from segdeformer.engine.checkpoint import LAST
 from segdeformer.engine.distributed import Processes, own_device
+from segdeformer.engine.evaluate import evaluate
 from segdeformer.engine.runlog import read_metrics
 from segdeformer.engine.saves import newest, read_state
 from segdeformer.engine.train import Options, start_run
-from segdeformer.errors import UsageError
+from segdeformer.errors import LocalError, UsageError, UserError
+from segdeformer.models.segmenter import build_model
 
 ALONE, TOGETHER = "alone", "together"
 
@@ -129,21 +132,15 @@ def test_a_batch_that_cannot_be_shared_evenly_says_what_can(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("options", "changes", "expected"),
-    [
-        (Options(shard=True), {}, "--shard shares a model between processes, and there is one"),
-    ],
-)
-def test_options_that_need_more_processes_say_so(tmp_path, options, changes, expected):
-    with pytest.raises(UsageError, match=expected):
+def test_shares_of_a_model_need_more_processes(tmp_path):
+    with pytest.raises(UsageError, match="--shard shares a model between processes, and there is one"):
         start_run(
             joined.recipe(iterations=1),
             tmp_path,
             train_data=joined.TRAIN_DATA,
             val_data=joined.VAL_DATA,
             device=joined.CPU,
-            options=options,
+            options=Options(shard=True),
         )
 
 
@@ -151,6 +148,23 @@ def test_every_image_is_one_process_s(tmp_path):
     for size in (1, 2, 3, 7):
         shares = [Processes(rank, size).share(11) for rank in range(size)]
         assert sorted(index for share in shares for index in share) == list(range(11))
+
+
+def test_an_image_that_one_process_cannot_score_is_an_error_of_its_own(monkeypatch):
+    def read(_dataset: object, index: int) -> None:
+        raise UserError(f"image {index} cannot be read")
+
+    monkeypatch.setattr(SyntheticDataset, "read", read)
+    config = joined.recipe(iterations=1)
+    with pytest.raises(LocalError, match="image 1 cannot be read"):
+        evaluate(
+            build_model(config.model),
+            joined.VAL_DATA,
+            protocol=config.evaluate,
+            data=config.data,
+            device=joined.CPU,
+            processes=Processes(1, 2),
+        )
 
 
 def test_several_processes_cannot_have_one_gpu(monkeypatch):

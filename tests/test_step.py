@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from segdeformer.engine.step import gradient_norm
 from segdeformer.engine.train import Skipped, Step, train
 from segdeformer.errors import UsageError, UserError
 from segdeformer.models import segmenter
+from segdeformer.models.placed_dropout import PlacedDropout, place_dropouts
 from segdeformer.models.segmenter import build_model
 
 CPU = torch.device("cpu")
@@ -28,13 +30,13 @@ DATA = {
 }
 
 
-def recipe(**changes: object) -> Recipe:
+def recipe(*, encoder: str = "mit_nano", **changes: object) -> Recipe:
     base = load_recipe("synthetic")
-    encoder = base.model.encoder.model_copy(update={"drop_path": 0.3})
+    given = base.model.encoder.model_copy(update={"name": encoder, "drop_path": 0.3})
     config = {"iterations": 3, "batch_size": 4, "learning_rate": 6e-5, "validate_every": 9, **changes}
     return base.model_copy(
         update={
-            "model": base.model.model_copy(update={"encoder": encoder}),
+            "model": base.model.model_copy(update={"encoder": given}),
             "augment": base.augment.model_copy(update={"crop": (40, 48)}),
             "train": base.train.model_copy(update=config),
         }
@@ -111,6 +113,23 @@ def test_every_image_has_its_own_drop_path_in_whatever_part_it_is(tmp_path):
     assert all(value == 0.0 or value == pytest.approx(1 / 0.7) for value in whole)
 
 
+def test_a_peer_s_dropout_of_elements_is_placed_but_not_an_encoder_s():
+    model = nn.Module()
+    model.encoder, model.decoder = (nn.Sequential(nn.Dropout(rate), nn.Dropout(0.5)) for rate in (0.5, 0.0))
+    place_dropouts(model)
+    kinds = [[type(layer) for layer in part] for part in (model.encoder, model.decoder)]
+    assert kinds == [[nn.Dropout, nn.Dropout], [nn.Dropout, PlacedDropout]]
+    x_BChw = torch.rand(4, 3, 2, 5)
+    torch.manual_seed(7)
+    expected = nn.functional.dropout(x_BChw, 0.5)
+    parts = []
+    for first in (0, 3):
+        torch.manual_seed(7)
+        step_module.put_place(model, first=first, total=4)
+        parts.append(model.decoder(x_BChw[first : first + 3]))
+    torch.testing.assert_close(torch.cat(parts), expected)
+
+
 # What an update does.
 
 
@@ -178,16 +197,28 @@ def test_half_precision_learns_nearly_the_same_and_keeps_float32_weights(tmp_pat
     assert half.scaler.is_enabled() == (precision == "float16")
 
 
-@pytest.mark.parametrize(
-    "options", [Options(grad_checkpointing=True), Options(channels_last=True), Options(keep=1)]
-)
-def test_options_of_memory_change_no_result(tmp_path, options):
-    plain, other = started(tmp_path / "plain"), started(tmp_path / "other", options)
+def test_channels_last_changes_no_result(tmp_path):
+    plain, other = started(tmp_path / "plain"), started(tmp_path / "other", Options(channels_last=True))
     for ours, theirs in zip(steps(other), steps(plain), strict=True):
         assert ours.losses.total.item() == pytest.approx(theirs.losses.total.item(), abs=1e-6)
     expected = plain.model.state_dict()
     for name, value in other.model.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("encoder", ["mit_nano", "test_vit2", "resnet10t"])
+def test_checkpointing_changes_no_bit_and_no_running_statistic(tmp_path, encoder):
+    plain = started(tmp_path / "plain", encoder=encoder)
+    other = started(tmp_path / "other", Options(grad_checkpointing=True), encoder=encoder)
+    assert [e.losses.total for e in steps(other)] == [e.losses.total for e in steps(plain)]
+    expected, found = plain.model.state_dict(), other.model.state_dict()
+    assert found.keys() == expected.keys()
+    assert [name for name, value in found.items() if not value.equal(expected[name])] == []
+
+
+def test_checkpointing_an_encoder_of_unknown_blocks_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="does not know the blocks of encoder `regnetx_002`"):
+        started(tmp_path, Options(grad_checkpointing=True), encoder="regnetx_002")
 
 
 # What is not finite.
@@ -235,6 +266,7 @@ def test_one_fault_too_many_ends_the_run_with_what_there_is_to_know(tmp_path, mo
         "loss or gradient not finite in 3 steps in a row, 2 are allowed (train.max_skipped_steps); "
         "iteration 6: loss nan, gradient norm nan, learning rate "
     )
+    assert re.search(r", losses before \d\.\d+, \d\.\d+, \d\.\d+, images train0004, ", message)
     assert ", images train0004, train0005, train0004, train0006; start anew" in message
     again = resume_run(run.recipe, tmp_path, **DATA)
     assert again.iteration == 3

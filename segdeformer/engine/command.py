@@ -10,7 +10,7 @@ import segdeformer
 
 
 def own_command(module: str = "segdeformer") -> list[str]:
-    """What runs a module of this package, by default the command line; files in the working folder hide none."""
+    """What runs a module of this package, by default its command line; files that lie around hide none."""
     return [sys.executable, "-P", "-m", module]
 
 

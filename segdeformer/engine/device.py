@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from segdeformer.errors import UsageError, UserError
+from segdeformer.errors import LocalError, UsageError
 
 
 def choose_device(name: str) -> torch.device:
@@ -90,12 +90,12 @@ def peak_resident_mib() -> float:
 
 @contextlib.contextmanager
 def explained_shortage(remedy: str) -> Iterator[None]:
-    """Turn PyTorch's out-of-memory errors into a `UserError` that says what to change."""
+    """Turn PyTorch's out-of-memory errors into a `LocalError` that says what to change."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError(f"out of GPU memory ({str(error).splitlines()[0]}); {remedy}") from None
+        raise LocalError(f"out of GPU memory ({str(error).splitlines()[0]}); {remedy}") from None
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
-        raise UserError(f"out of memory; {remedy}") from None
+        raise LocalError(f"out of memory; {remedy}") from None

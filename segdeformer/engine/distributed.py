@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from segdeformer.errors import ElsewhereError, UsageError, UserError
+from segdeformer.errors import ElsewhereError, LocalError, UsageError, UserError
 
 T = TypeVar("T")
 
@@ -141,6 +141,15 @@ def explained_loss() -> Iterator[None]:
         if "gloo" not in str(error) and "Connection closed" not in str(error):
             raise
         raise ElsewhereError from None
+
+
+@contextlib.contextmanager
+def of_this_process() -> Iterator[None]:
+    """Make `UserError`s ones that this process says itself, for the others do not have them."""
+    try:
+        yield
+    except UserError as error:
+        raise LocalError(str(error), exit_code=error.exit_code) from None
 
 
 def add_up(values: Tensor, processes: Processes) -> Tensor:

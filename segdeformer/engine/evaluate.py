@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from segdeformer.config import IGNORE_INDEX, DataConfig, EvalConfig
 from segdeformer.data.classes import ClassTable
 from segdeformer.data.datasets import Dataset, Sample
-from segdeformer.engine.distributed import ALONE, Processes, from_all
+from segdeformer.engine.distributed import ALONE, Processes, from_all, of_this_process
 from segdeformer.engine.inference import View, fused_map, make_views, strips
 from segdeformer.engine.metrics import ConfusionMatrix, Scores
 from segdeformer.errors import UserError
@@ -185,12 +185,17 @@ def _read_ahead(dataset: Dataset, indices: Iterable[int]) -> Generator[Sample, N
             for index in indices:
                 waiting.append(pool.submit(dataset.read, index))
                 if len(waiting) > READERS:
-                    yield waiting.popleft().result()
+                    yield _sample_of(waiting.popleft())
             while waiting:
-                yield waiting.popleft().result()
+                yield _sample_of(waiting.popleft())
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _sample_of(future: Future[Sample]) -> Sample:
+    with of_this_process():
+        return future.result()
 
 
 def check_same_classes(model_classes: ClassTable, dataset: Dataset, what: str) -> None:

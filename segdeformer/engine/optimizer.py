@@ -80,11 +80,13 @@ def _encoder_layers(model: Segmenter, layer_decay: float | None) -> list[_Layer]
     from timm.models import group_parameters
 
     layer_of = group_parameters(backbone, backbone.group_matcher(coarse=False), reverse=True)
-    last = max(layer_of.values())
+    first, last = min(layer_of.values()), max(layer_of.values())
     layers: dict[int, list[nn.Parameter]] = {}
     for name, parameter in learned:
-        # our norms of the maps stand after all layers
-        layers.setdefault(layer_of.get(name.removeprefix("backbone."), last), []).append(parameter)
+        place = name.removeprefix("backbone.")
+        # Our norms of the maps stand after all layers; older timm has register tokens there too.
+        layer = first if place in UNDECAYED_NAMES else layer_of.get(place, last)
+        layers.setdefault(layer, []).append(parameter)
     numbers = sorted(layers)
     return [
         _Layer(f"encoder layer {place}", layers[number], layer_decay ** (len(numbers) - 1 - place))

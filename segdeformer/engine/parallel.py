@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from segdeformer.engine.distributed import Processes
 from segdeformer.engine.resume import whole
+from segdeformer.errors import UsageError
 from segdeformer.models.segmenter import Segmenter
+
+_Context = contextlib.AbstractContextManager[None]
 
 
 def wrap_model(
@@ -24,7 +28,9 @@ def wrap_model(
     forward: nn.Module = model
     if compiled:
         import torch._dynamo
+        import torch._inductor.config
 
+        torch._inductor.config.fallback_random = True  # dropout's numbers are those of uncompiled models
         torch._dynamo.config.allow_unspec_int_on_nn_module = True  # where a part's images stand is a number
         forward = torch.compile(model)  # type: ignore[assignment]
     if processes.size > 1 and not sharded:
@@ -39,9 +45,40 @@ def wrap_model(
 
 
 def checkpoint_activations(encoder: nn.Module) -> None:
-    """Compute the inside of every encoder block again for the gradients, instead of keeping it."""
-    for block in encoder_blocks(encoder):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    """Compute the inside of every encoder block again for the gradients, instead of keeping it.
+
+    Raises `UsageError` for an encoder whose blocks are not known.
+    """
+    blocks = list(encoder_blocks(encoder))
+    if not blocks:
+        name = getattr(encoder, "name", type(encoder).__name__)
+        raise UsageError(f"--grad-checkpointing does not know the blocks of encoder `{name}`; leave it out")
+    for block in blocks:
+        run = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if norms:
+            run.keywords["context_fn"] = functools.partial(_once_and_again, norms)
+        block.forward = run
+
+
+def _once_and_again(norms: Sequence[nn.Module]) -> tuple[_Context, _Context]:
+    """What a block runs in first, and what when it is computed again: BatchNorms have seen the batch then."""
+    return contextlib.nullcontext(), _statistics_kept(norms)
+
+
+@contextlib.contextmanager
+def _statistics_kept(norms: Sequence[nn.Module]) -> Iterator[None]:
+    """Let BatchNorms update copies of their running statistics meanwhile."""
+    kept = [dict(norm.named_buffers(recurse=False)) for norm in norms]
+    for norm, buffers in zip(norms, kept, strict=True):
+        for name, buffer in buffers.items():
+            setattr(norm, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            for name, buffer in buffers.items():
+                setattr(norm, name, buffer)
 
 
 def shard_model(model: Segmenter, device: torch.device) -> None:

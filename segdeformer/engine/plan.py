@@ -19,8 +19,9 @@ from segdeformer.data.loader import training_batch
 from segdeformer.engine.device import available_memory_mib, peak_memory_mib, restart_peak_memory
 from segdeformer.engine.distributed import ALONE, Processes, from_all
 from segdeformer.engine.run import Options, Run, start_run
+from segdeformer.engine.step import TooFewValuesError
 from segdeformer.engine.train import Step, train
-from segdeformer.errors import UserError
+from segdeformer.errors import UsageError, UserError
 from segdeformer.kernels.impl import Impl, choose_impl, choose_upsampling
 
 STEPS = 2
@@ -138,7 +139,7 @@ class Fit(NamedTuple):
     accumulate: int
     part_size: int
     peak_mib: float  # measured, or on a CPU expected, for one process
-    available_mib: float
+    available_mib: float  # that it may use
 
 
 def fit_batch(
@@ -154,25 +155,28 @@ def fit_batch(
     """The smallest accumulation with which a process's share of the batch fits into its memory.
 
     On a GPU by trying; on a CPU, where one try too many ends everything, from two small parts. Every
-    process tries alone, and all take the largest answer. Raises `UserError` if one image is too much.
+    process tries alone, and all take the largest answer. Parts that are too small for a BatchNorm are none.
+    Raises `UserError` if even the smallest is too much.
     """
     share = recipe.train.batch_size // processes.size
     if share * processes.size != recipe.train.batch_size:
-        raise UserError(
+        raise UsageError(
             f"train.batch_size is {recipe.train.batch_size}, which {processes.size} processes cannot share "
             f"evenly; make it a multiple of {processes.size}"
         )
-    alone = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": share})})
+    alone = options._replace(accumulate=1, shard=False)
 
     def peak_mib(part_size: int) -> float:
-        one_part = alone.model_copy(
-            update={"train": alone.train.model_copy(update={"batch_size": part_size})}
-        )
-        unshared = options._replace(accumulate=1, shard=False)
+        size = {"batch_size": part_size}
+        one_part = recipe.model_copy(update={"train": recipe.train.model_copy(update=size)})
         try:
             rehearsal = rehearse(
-                one_part, train_data, val_data, device=device, impl=impl, processes=ALONE, options=unshared
+                one_part, train_data, val_data, device=device, impl=impl, processes=ALONE, options=alone
             )
+        except TooFewValuesError:
+            if processes.size > 1 and part_size == 1:  # a BatchNorm over all processes has enough
+                return peak_mib(2)
+            raise
         except UserError as error:
             if "out of" not in str(error):
                 raise
@@ -184,35 +188,59 @@ def fit_batch(
         return rehearsal.peak_mib
 
     part_sizes = [size for size in range(share, 0, -1) if share % size == 0]
-    available = available_memory_mib(device)
+    available_mib = available_memory_mib(device)
     if device.type == "cuda":
-        fit = next(
-            (
-                Fit(share // size, size, peak, available)
-                for size in part_sizes
-                if (peak := peak_mib(size)) <= USABLE * available
-            ),
-            None,
-        )
+        fit = _fit_by_trying(share, part_sizes, available_mib, peak_mib)
     else:
-        fit = _fit_on_cpu(share, part_sizes, available / processes.size, peak_mib)
-    if fit is None:
+        available_mib /= processes.size
+        fit = _fit_on_cpu(share, part_sizes, available_mib, peak_mib)
+    fit = max(from_all(fit, processes), key=lambda one: one.accumulate)
+    if fit.peak_mib > fit.available_mib:
         raise UserError(
-            f"not even {part_sizes[-1]} image fits into {available:,.0f} MiB; use --grad-checkpointing, or a "
-            "smaller augment.crop"
+            f"parts of {fit.part_size} images take {fit.peak_mib:,.0f} MiB or more, a process has "
+            f"{fit.available_mib:,.0f} MiB; use --grad-checkpointing, or a smaller augment.crop"
         )
-    return max(from_all(fit, processes), key=lambda one: one.accumulate)
+    return fit
 
 
-def _fit_on_cpu(
-    share: int, part_sizes: list[int], available_mib: float, peak_mib: Callable[[int], float]
-) -> Fit | None:
-    """Memory grows by the image: two small parts tell how much."""
-    small, large = part_sizes[-1], part_sizes[-2] if len(part_sizes) > 1 else part_sizes[-1]
-    least, more = peak_mib(small), peak_mib(large)
-    per_image = max(0.0, more - least) / max(1, large - small)
+PeakOf = Callable[[int], float]  # of parts of so many images, in MiB; inf: did not fit
+
+
+def _fit_by_trying(share: int, part_sizes: list[int], available_mib: float, peak_mib: PeakOf) -> Fit:
+    """The largest part that fits; if none does, the smallest there is."""
+    fit: Fit | None = None
     for size in part_sizes:
-        expected = least + per_image * (size - small)
-        if expected <= USABLE_ON_CPU * available_mib:
-            return Fit(share // size, size, expected, available_mib)
-    return None
+        try:
+            peak = peak_mib(size)
+        except TooFewValuesError:
+            if fit is None:
+                raise
+            break
+        fit = Fit(share // size, size, peak, USABLE * available_mib)
+        if peak <= fit.available_mib:
+            break
+    assert fit is not None  # a share has an image
+    return fit
+
+
+def _fit_on_cpu(share: int, part_sizes: list[int], available_mib: float, peak_mib: PeakOf) -> Fit:
+    """Memory grows by the image: two small parts tell how much. If none fits, the smallest there is."""
+    measured: dict[int, float] = {}
+    for size in reversed(part_sizes):
+        try:
+            measured[size] = peak_mib(size)
+        except TooFewValuesError:
+            if size == share:
+                raise
+        if len(measured) == 2:
+            break
+    small, large = min(measured), max(measured)
+    least, more = measured[small], measured[large]
+    per_image = max(0.0, more - least) / max(1, large - small)
+    usable_mib = USABLE_ON_CPU * available_mib
+    fits = [
+        Fit(share // size, size, least + per_image * (size - small), usable_mib)
+        for size in part_sizes
+        if size >= small
+    ]
+    return next((fit for fit in fits if fit.peak_mib <= usable_mib), fits[-1])

@@ -72,6 +72,7 @@ class Run:
     validation_due: bool = False  # of this iteration; stays true only where one was stopped
     skipped_in_a_row: int = 0
     num_skipped_steps: int = 0
+    last_losses: list[float] = field(default_factory=list)  # the last few finite ones, since it was started
     unreadable: list[str] = field(default_factory=list)  # images that were left out
     warnings: list[str] = field(default_factory=list)  # what was found when it was gone on with
 
@@ -212,11 +213,12 @@ def _assemble(
     options: Options,
 ) -> Run:
     place_dropouts(model)
-    synchronise_norms(model, device)
+    if processes.size > 1:  # a rehearsal is alone though others run
+        synchronise_norms(model, device)
     if options.grad_checkpointing:
         checkpoint_activations(model.encoder)
     model.to(device)
-    if options.channels_last:
+    if options.channels_last and not options.shard:  # FSDP2 takes no such weights; maps follow the images
         model.to(memory_format=torch.channels_last)
     ema = None
     if recipe.train.ema_decay is not None:

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from segdeformer.config import IGNORE_INDEX
 from segdeformer.data.loader import Batch
 from segdeformer.engine.device import explained_shortage
-from segdeformer.engine.distributed import add_up, explained_loss
+from segdeformer.engine.distributed import add_up, explained_loss, from_all
 from segdeformer.engine.losses import Losses, training_losses
 from segdeformer.engine.optimizer import set_learning_rate
 from segdeformer.engine.resume import whole
@@ -32,7 +32,13 @@ from segdeformer.models.placed_dropout import put_place
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALLEST_SCALE = 1.0  # of float16's losses: gradients that overflow here do so without scaling too
+MOST_NAMES = 16  # of images, in a message
+LAST_LOSSES = 3
 REMEDY = "use a smaller --batch, more --accumulate, --grad-checkpointing, or a smaller augment.crop"
+
+
+class TooFewValuesError(UserError):
+    """A BatchNorm has one value per channel, from which it learns no variance."""
 
 
 class StepResult(NamedTuple):
@@ -105,9 +111,13 @@ def take_step(
             kept.give_back()
         elif tokens is not None:
             assert run.model.momentum_tokens is not None
-            run.model.momentum_tokens.update(summed_over_processes(tokens))
+            run.model.momentum_tokens.update(
+                tokens if run.processes.size == 1 else summed_over_processes(tokens)
+            )
         if finite and run.ema is not None:
             run.ema.update(run.model)
+        if finite:
+            run.last_losses = [*run.last_losses, numbers[0]][-LAST_LOSSES:]
     run.iteration += 1
     return StepResult(
         losses=_as_losses(numbers, losses),
@@ -150,7 +160,7 @@ def _forward(run: Run, part: Batch) -> tuple[SegOutput, Tensor]:
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        raise UserError(
+        raise TooFewValuesError(
             "BatchNorm needs more than one value per channel: raise train.batch_size to 2 or more, "
             "accumulate less, or raise augment.crop"
         ) from None
@@ -214,15 +224,27 @@ def _as_losses(numbers: Sequence[float], like: Losses) -> Losses:
 
 
 def explain_fault(run: Run, parts: Sequence[Batch], result: StepResult, learning_rate: float) -> str:
-    """What was not finite, when, and with which images of this process."""
+    """What was not finite, when, after which losses, and with which images; all processes must call it."""
+    with explained_loss():
+        shares = from_all(
+            (_label_fault(run, parts), [name for part in parts for name in part.names]), run.processes
+        )
+    for label_fault, _ in shares:
+        if label_fault is not None:
+            return label_fault
+    names = [name for _, own in shares for name in own]
+    shown = ", ".join(names[:MOST_NAMES]) + (", ..." if len(names) > MOST_NAMES else "")
+    last = ", ".join(f"{loss:.4g}" for loss in run.last_losses) or "none"
+    return (
+        f"iteration {run.iteration}: loss {result.losses.total.item():g}, gradient norm "
+        f"{result.gradient_norm:g}, learning rate {learning_rate:.3g}, losses before {last}, images {shown}"
+    )
+
+
+def _label_fault(run: Run, parts: Sequence[Batch]) -> str | None:
     for part in parts:
         try:
             check_labels(part.labels_BHW, run.recipe.model.num_classes, IGNORE_INDEX)
         except ValueError as error:
             return f"{error}; one of {', '.join(part.names)}"
-    names = [name for part in parts for name in part.names]
-    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-    return (
-        f"iteration {run.iteration}: loss {result.losses.total.item():g}, gradient norm "
-        f"{result.gradient_norm:g}, learning rate {learning_rate:.3g}, images {shown}"
-    )
+    return None

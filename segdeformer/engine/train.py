@@ -17,7 +17,7 @@ import torch
 
 from segdeformer.config import IGNORE_INDEX
 from segdeformer.data.loader import Batch, training_batches
-from segdeformer.engine.distributed import add_up, any_of, explained_loss
+from segdeformer.engine.distributed import add_up, any_of, explained_loss, of_this_process
 from segdeformer.engine.evaluate import Report, Tally, evaluate_images, report_values
 from segdeformer.engine.losses import Losses
 from segdeformer.engine.run import (
@@ -32,7 +32,7 @@ from segdeformer.engine.run import (
 from segdeformer.engine.runlog import RunLog
 from segdeformer.engine.saves import held
 from segdeformer.engine.step import StepResult, explain_fault, take_step
-from segdeformer.errors import ElsewhereError, LocalError, UserError
+from segdeformer.errors import ElsewhereError, UserError
 from segdeformer.kernels.upsample_cross_entropy import loss_weight
 
 __all__ = [
@@ -187,7 +187,8 @@ def _next_parts(run: Run, batches: Iterator[Batch]) -> tuple[list[Batch], list[f
         if num_failed and error is None:
             raise ElsewhereError
     if error is not None:
-        raise LocalError(str(error), exit_code=error.exit_code)
+        with of_this_process():
+            raise error
     run.unreadable += [name for part in parts for name in part.skipped]
     if len(parts) * run.processes.size == 1:
         return parts, [1.0]
