@@ -60,6 +60,11 @@ def prepare(wanted: Wanted, resumed: Path | None) -> Prepared:
             base = checkpoint.recipe
         elif (resumed / RECIPE).is_file():  # it ended before its first checkpoint
             base = load_recipe(str(resumed / RECIPE))
+        elif any(resumed.glob("*.safetensors")):
+            raise UserError(
+                f"{resumed} holds weights, but no run to go on with; to start one from their encoder: "
+                "segdeformer train RECIPE --weights FILE"
+            )
         else:
             raise UserError(f"{resumed} holds no run to go on with; start it without --resume")
     config = base.data

@@ -161,7 +161,8 @@ def test_what_cannot_be_done_is_one_line(command, folded, released, tmp_path):
 
 def test_a_folded_model_is_refused_for_training(folded, tmp_path):
     assert refusal("train", "--resume", "--out", folded.parent, code=1) == (
-        f"{folded} holds a folded model, for inference only; it cannot be trained"
+        f"{folded.parent} holds weights, but no run to go on with; to start one from their encoder: "
+        "segdeformer train RECIPE --weights FILE"
     )
     new = ("synthetic", "--out", tmp_path / "run")
     assert refusal("train", *new, "--weights", folded, code=1) == (

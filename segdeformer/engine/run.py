@@ -150,8 +150,7 @@ def resume_run(
             options=options,
         )
     checkpoint = read_checkpoint(stored.model)
-    if checkpoint.folded:
-        raise UserError(f"{checkpoint.path} holds a folded model, for inference only; it cannot be trained")
+    assert not checkpoint.folded  # nothing that trains writes one
     options = options or Options()
     _check(recipe, train_data, val_data, processes, options)
     model = saved_model(checkpoint, impl=impl)
