@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from segdeformer.config import DataConfig, Recipe
     from segdeformer.engine.ablation_plan import Plan, PlannedRow
 
-# Small enough for two cores: eight runs of Table 6 in 20 minutes.
+# Small enough for two cores: eight runs of Table 6 in half an hour.
 DEFAULT_BASE, DEFAULT_ITERATIONS = "landcover-demo", 400
 
 
