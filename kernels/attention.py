@@ -61,9 +61,12 @@ def _attention_sdpa(queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, *
 
 def check_attention_shapes(queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor) -> None:
     """Raise `ValueError` naming the shapes that disagree."""
-    shapes = [tuple(t.shape) for t in (queries_BND, keys_BMD, values_BME)]
-    if any(len(shape) != 3 for shape in shapes):
-        raise ValueError(f"queries, keys, values have shapes {shapes}; expected (B,N,D), (B,M,D), (B,M,E)")
+    shapes = queries_BND.shape, keys_BMD.shape, values_BME.shape
+    if not queries_BND.ndim == keys_BMD.ndim == values_BME.ndim == 3:
+        raise ValueError(
+            f"queries, keys, values have shapes {[tuple(shape) for shape in shapes]}; "
+            "expected (B,N,D), (B,M,D), (B,M,E)"
+        )
     (batch, _, width), (key_batch, num_keys, key_width), (value_batch, num_values, _) = shapes
     if not batch == key_batch == value_batch:
         raise ValueError(f"queries, keys, values have batches {batch}, {key_batch}, {value_batch}; need one")

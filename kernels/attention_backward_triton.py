@@ -1,7 +1,9 @@
 """Triton backwards of one-head attention; widths and padding as in the forward, scores in base 2.
 
-P = exp2(scale S - lse), dP = dO V^T, dS = scale P (dP - delta), delta = sum(dO O) of each row:
-dV = P^T dO, dK = dS^T Q, dQ = dS K. Transposed products are computed directly, never by turning a tile.
+P = exp2(scale S - lse), dP = dO V^T, dS = P (dP - delta), delta = sum(dO O) of each row:
+dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K. The scale meets float32 sums, not dS, which is rounded for the
+products: small gradients would fall below float16's range. For the same reason dO may come in a `unit` of its
+own (see attention_launches.raised). Transposed products are computed directly, never by turning a tile.
 """
 
 import triton
@@ -31,6 +33,7 @@ def attention_backward_queries(
     grad_queries,
     lse,
     deltas,
+    unit,
     num_queries,
     num_keys,
     query_batch_stride,
@@ -50,6 +53,7 @@ def attention_backward_queries(
     E2: tl.constexpr,
     KEYS_ARE_VALUES: tl.constexpr,
     EVEN_KEYS: tl.constexpr,
+    HAS_UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -103,16 +107,18 @@ def attention_backward_queries(
             else:
                 v2 = load_rows(values, offsets, columns_e2, value_stride, num_keys - start, EVEN_KEYS)
             grad_weights = tl.dot(g2, v2.T, grad_weights, input_precision=PRECISION)
-        grad_scores = (weights * (grad_weights - delta[:, None]) * scale).to(k1.dtype)
+        grad_scores = (weights * (grad_weights - delta[:, None])).to(k1.dtype)
         total1 = tl.dot(grad_scores, k1, total1, input_precision=PRECISION)
         if D2 > 0:
             total2 = tl.dot(grad_scores, k2, total2, input_precision=PRECISION)
         keys += BLOCK_KEYS * key_stride
         values += BLOCK_KEYS * value_stride
 
-    store_columns(grad_queries, total1, rows, columns_d1, width, left, width)
+    if HAS_UNIT:
+        scale *= tl.load(unit)
+    store_columns(grad_queries, total1 * scale, rows, columns_d1, width, left, width)
     if D2 > 0:
-        store_columns(grad_queries, total2, rows, columns_d2, width, left, width)
+        store_columns(grad_queries, total2 * scale, rows, columns_d2, width, left, width)
 
 
 @triton.jit
@@ -125,6 +131,7 @@ def attention_backward_keys(
     grad_values,
     lse,
     deltas,
+    unit,
     num_queries,
     num_keys,
     query_batch_stride,
@@ -146,6 +153,7 @@ def attention_backward_keys(
     OF_KEYS: tl.constexpr,
     OF_VALUES: tl.constexpr,
     EVEN_QUERIES: tl.constexpr,
+    HAS_UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -208,23 +216,27 @@ def attention_backward_keys(
             grad_weights_t = tl.dot(v1, g1.T, input_precision=PRECISION)
             if E2 > 0:
                 grad_weights_t = tl.dot(v2, g2.T, grad_weights_t, input_precision=PRECISION)
-            grad_scores_t = (weights_t * (grad_weights_t - delta[None, :]) * scale).to(q1.dtype)
+            grad_scores_t = (weights_t * (grad_weights_t - delta[None, :])).to(q1.dtype)
             of_keys1 = tl.dot(grad_scores_t, q1, of_keys1, input_precision=PRECISION)
             if D2 > 0:
                 of_keys2 = tl.dot(grad_scores_t, q2, of_keys2, input_precision=PRECISION)
         queries += BLOCK_QUERIES * query_stride
         grad_out += BLOCK_QUERIES * grad_stride
 
+    one = 1.0
+    if HAS_UNIT:
+        one = tl.load(unit)
+        scale *= one
     if OF_KEYS:
         grad_keys += (batch * num_keys + first) * width
-        store_columns(grad_keys, of_keys1, offsets, columns_d1, width, left, width)
+        store_columns(grad_keys, of_keys1 * scale, offsets, columns_d1, width, left, width)
         if D2 > 0:
-            store_columns(grad_keys, of_keys2, offsets, columns_d2, width, left, width)
+            store_columns(grad_keys, of_keys2 * scale, offsets, columns_d2, width, left, width)
     if OF_VALUES:
         grad_values += (batch * num_keys + first) * value_width
-        store_columns(grad_values, of_values1, offsets, columns_e1, value_width, left, value_width)
+        store_columns(grad_values, of_values1 * one, offsets, columns_e1, value_width, left, value_width)
         if E2 > 0:
-            store_columns(grad_values, of_values2, offsets, columns_e2, value_width, left, value_width)
+            store_columns(grad_values, of_values2 * one, offsets, columns_e2, value_width, left, value_width)
 
 
 @triton.jit
@@ -245,7 +257,6 @@ def attention_weights_and_grads(
     grad_stride,
     weights_stride,
     scale_log2,
-    scale,
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -284,5 +295,5 @@ def attention_weights_and_grads(
     inside = (rows[:, None] < num_queries) & (offsets[None, :] < num_keys)
     places = rows.to(tl.int64)[:, None] * weights_stride + offsets[None, :]
     tl.store(weights + places, probabilities.to(weights.dtype.element_ty), mask=inside)
-    slopes = probabilities * (grad_weights - delta[:, None]) * scale
+    slopes = probabilities * (grad_weights - delta[:, None])
     tl.store(grad_scores + places, slopes.to(grad_scores.dtype.element_ty), mask=inside)

@@ -6,6 +6,7 @@ B batch, N queries, M keys, D key width, E value width; n queries of a chunk.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
@@ -18,13 +19,22 @@ from segdeformer.kernels.attention_backward_triton import (
     attention_weights_and_grads,
     row_deltas,
 )
-from segdeformer.kernels.attention_forward_triton import attention_forward, attention_forward_few_keys
-from segdeformer.kernels.launch import Launch, dot_precision, padded_rows
+from segdeformer.kernels.attention_forward_triton import (
+    attention_forward,
+    attention_forward_few_keys,
+    external_forward_narrow,
+)
+from segdeformer.kernels.launch import Launch, dot_precision, interpreting, padded_rows
 from segdeformer.kernels.tiles import Tile, choose_tile, padded_width, split_width
 
 LOG2_E = math.log2(math.e)
 WIDEST_JOINT_BACKWARD = 128  # wider accumulators of dK and dV together spill
 DELTA_ROWS = 16
+WIDEST_NARROW_FORWARD = 32  # columns of P up to which exponentials outweigh products
+# Powers of two between a query's largest and least entry that its weights in this dtype bear: bfloat16 has
+# float32's exponents, of which a sum over keys needs some; float16 keeps all its bits down to 2^-14 only.
+LARGEST_RANGES = {torch.float16: 12, torch.bfloat16: 96, torch.float32: 96}
+MOST_RAISED = 15  # the largest power of two in float16
 
 
 class Operands(NamedTuple):
@@ -36,6 +46,12 @@ class Operands(NamedTuple):
     width: int
     value_width: int
     scale: float
+
+    def key(self) -> Hashable:
+        """All that decides how kernels are called with these: see plans.start."""
+        q, k, v = self.queries, self.keys, self.values
+        shapes = q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride()
+        return shapes, q.dtype, dot_precision(q.dtype), self.width, self.value_width, self.scale
 
     @property
     def num_queries(self) -> int:
@@ -85,16 +101,36 @@ class Upstream(NamedTuple):
     grad_out: Tensor  # padded like the values
     lse: Tensor
     deltas: Tensor
+    unit: Tensor | None = None  # what 1 in grad_out and deltas stands for, a scalar; None: 1
+
+    @property
+    def has_unit(self) -> bool:
+        return self.unit is not None
+
+    def key(self, x: Operands) -> Hashable:
+        """All that decides how the backward's kernels are called: see plans.start."""
+        return x.key(), self.grad_out.stride(), self.has_unit
 
     def tensors(self) -> dict[str, Tensor]:
-        return self._asdict()
+        unit = self.lse if self.unit is None else self.unit  # not looked at
+        return {"grad_out": self.grad_out, "lse": self.lse, "deltas": self.deltas, "unit": unit}
 
-    def numbers(self, scale: float) -> dict[str, int | float]:
-        return {
-            "grad_batch_stride": self.grad_out.stride(0),
-            "grad_stride": self.grad_out.stride(1),
-            "scale": scale,
-        }
+    def numbers(self) -> dict[str, int | float]:
+        return {"grad_batch_stride": self.grad_out.stride(0), "grad_stride": self.grad_out.stride(1)}
+
+
+def raised(grad_out: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A float16 gradient times the power of two, up to 2^15, that brings its largest element to 1 or more.
+
+    And the unit that it is then in. Products of probabilities and gradients are rounded to float16 for the
+    matrix instructions, and of 16,384 probabilities times a small gradient little would be left. Nothing is read
+    back from the device. Other dtypes have the range, and stay as they are.
+    """
+    if grad_out.dtype != torch.float16:
+        return grad_out, None
+    largest = torch.linalg.vector_norm(grad_out, torch.inf, dtype=torch.float32)
+    power = (1 - torch.frexp(largest).exponent).clamp(0, MOST_RAISED).float()
+    return grad_out * power.exp2(), power.neg().exp2()
 
 
 def pad_operands(queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, scale: float) -> Operands:
@@ -115,6 +151,8 @@ def forward_launch(
 ) -> Launch:
     """The forward over any number of keys; out (B, N, E) contiguous, lse (B, N) float32 in base 2."""
     tile = tile or x.tile("external_forward" if keys_are_values else "attention_forward")
+    if keys_are_values and x.queries.shape[2] <= WIDEST_NARROW_FORWARD and x.scale > 0:
+        return _narrow_forward_launch(x, out, lse, tile)
     return Launch(
         attention_forward,
         (triton.cdiv(x.num_queries, tile.block_queries), x.queries.shape[0]),
@@ -126,6 +164,26 @@ def forward_launch(
             "EVEN_KEYS": x.num_keys % tile.block_keys == 0,
             "TMA": tile.tma,
             "WARP_SPECIALIZE": tile.warp_specialize,
+        },
+        tile,
+    )
+
+
+def _narrow_forward_launch(x: Operands, out: Tensor, lse: Tensor, tile: Tile) -> Launch:
+    numbers = {name: number for name, number in x.numbers().items() if not name.startswith("value_")}
+    return Launch(
+        external_forward_narrow,
+        (triton.cdiv(x.num_queries, tile.block_queries), x.queries.shape[0]),
+        {"queries": x.queries, "keys": x.keys, "out": out, "lse": lse},
+        {**numbers, "out_width": x.value_width},
+        {
+            "WIDTH": x.queries.shape[2],
+            "EVEN_KEYS": x.num_keys % tile.block_keys == 0,
+            "LARGEST_RANGE": LARGEST_RANGES[x.queries.dtype],
+            "POLYNOMIAL": tile.polynomial and not interpreting(),
+            "PRECISION": dot_precision(x.queries.dtype),
+            "BLOCK_QUERIES": tile.block_queries,
+            "BLOCK_KEYS": tile.block_keys,
         },
         tile,
     )
@@ -180,23 +238,21 @@ def backward_queries_launch(
         attention_backward_queries,
         (triton.cdiv(x.num_queries, tile.block_queries), x.queries.shape[0]),
         {**x.tensors(), **upstream.tensors(), "grad_queries": grad_queries},
-        {**x.numbers(), **upstream.numbers(x.scale), "width": x.width},
+        {**x.numbers(), **upstream.numbers(), "width": x.width, "scale": x.scale},
         {
             **x.constants(tile),
             "KEYS_ARE_VALUES": keys_are_values,
             "EVEN_KEYS": x.num_keys % tile.block_keys == 0,
+            "HAS_UNIT": upstream.has_unit,
         },
         tile,
     )
 
 
-def backward_keys_launches(
-    x: Operands, upstream: Upstream, grad_keys: Tensor, grad_values: Tensor
-) -> list[Launch]:
-    """dK (B, M, D) and dV (B, M, E), contiguous; in one pass where both accumulators fit, else in two."""
+def backward_keys_parts(x: Operands) -> tuple[str, ...]:
+    """The gradients of one launch each: both together where both accumulators fit."""
     together = max(x.queries.shape[2], x.values.shape[2]) <= WIDEST_JOINT_BACKWARD
-    parts = ("keys_and_values",) if together else ("keys", "values")
-    return [backward_keys_launch(x, upstream, grad_keys, grad_values, part=part) for part in parts]
+    return ("keys_and_values",) if together else ("keys", "values")
 
 
 def backward_keys_launch(
@@ -208,18 +264,25 @@ def backward_keys_launch(
     part: str,
     tile: Tile | None = None,
 ) -> Launch:
-    """dK (part `keys`), dV (`values`) or both (`keys_and_values`)."""
+    """dK (B, M, D) (part `keys`), dV (B, M, E) (`values`) or both (`keys_and_values`), contiguous."""
     tile = tile or x.tile(f"attention_backward_{part}")
     return Launch(
         attention_backward_keys,
         (triton.cdiv(x.num_keys, tile.block_keys), x.queries.shape[0]),
         {**x.tensors(), **upstream.tensors(), "grad_keys": grad_keys, "grad_values": grad_values},
-        {**x.numbers(), **upstream.numbers(x.scale), "width": x.width, "value_width": x.value_width},
+        {
+            **x.numbers(),
+            **upstream.numbers(),
+            "width": x.width,
+            "value_width": x.value_width,
+            "scale": x.scale,
+        },
         {
             **x.constants(tile),
             "OF_KEYS": part != "values",
             "OF_VALUES": part != "keys",
             "EVEN_QUERIES": x.num_queries % tile.block_queries == 0,
+            "HAS_UNIT": upstream.has_unit,
         },
         tile,
     )
@@ -228,14 +291,19 @@ def backward_keys_launch(
 def weights_launch(
     x: Operands, upstream: Upstream, weights_nM: Tensor, grad_scores_nM: Tensor, *, tile: Tile | None = None
 ) -> Launch:
-    """P and dS of some queries of one image against all its keys."""
+    """P and dS, without the scale and in the gradient's unit, of some queries of one image against all its keys."""
     tile = tile or x.tile("attention_weights_and_grads")
-    numbers = x.numbers() | upstream.numbers(x.scale) | {"weights_stride": weights_nM.stride(0)}
+    numbers = x.numbers() | upstream.numbers() | {"weights_stride": weights_nM.stride(0)}
     widths = x.queries.shape[2], x.values.shape[2]
     return Launch(
         attention_weights_and_grads,
         (triton.cdiv(x.num_keys, tile.block_keys), triton.cdiv(x.num_queries, tile.block_queries)),
-        {**x.tensors(), **upstream.tensors(), "weights": weights_nM, "grad_scores": grad_scores_nM},
+        {
+            **x.tensors(),
+            **{name: tensor for name, tensor in upstream.tensors().items() if name != "unit"},
+            "weights": weights_nM,
+            "grad_scores": grad_scores_nM,
+        },
         {name: number for name, number in numbers.items() if not name.endswith("batch_stride")},
         {
             "WIDTH": widths[0],

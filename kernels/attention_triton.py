@@ -5,24 +5,32 @@ B batch, N queries, M keys, D key width, E value width; n queries of a chunk.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterator
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from segdeformer.kernels.attention_launches import (
     Operands,
     Upstream,
-    backward_keys_launches,
+    backward_keys_launch,
+    backward_keys_parts,
     backward_queries_launch,
     deltas_launch,
     few_keys_launch,
     forward_launch,
     pad_operands,
+    raised,
     weights_launch,
 )
-from segdeformer.kernels.launch import check_operands, check_widths, padded_rows
+from segdeformer.kernels.fitting import smaller_tiles
+from segdeformer.kernels.launch import Launch, check_operands, check_widths, padded_rows
+from segdeformer.kernels.operators import define_gradient, define_operator
+from segdeformer.kernels.plans import start
 from segdeformer.kernels.tiles import backward_form
 
-CHUNK_BYTES = 64 * 2**20  # of P and dS together: memory stays O(N), and large caches hold much of it
+CHUNK_BYTES = 256 * 2**20  # of P and dS together: memory stays O(N), and few launches fill a large GPU
 LEAST_CHUNK, MOST_CHUNK = 128, 2**18
 
 
@@ -42,70 +50,97 @@ def attention_triton(queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, 
     return out_BNE
 
 
-@torch.library.custom_op("segdeformer::attention", mutates_args=())
-def attention_with_lse(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The output and, for the backward, each row's log-sum-exp in base 2, (B, N) float32."""
-    out, lse = _empty_outputs(queries, values)
+def _forward(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = _empty_outputs(queries, keys, values, scale)
     if out.numel():
-        operands = pad_operands(queries, keys, values, scale)
-        (few_keys_launch(operands, out, lse) or forward_launch(operands, out, lse)).run()
+        start_forward(pad_operands(queries, keys, values, scale), out, lse)
     return out, lse
 
 
-@attention_with_lse.register_fake
-def _(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(queries, values)
-
-
-def _empty_outputs(queries: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def _empty_outputs(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, num_queries, _ = queries.shape
-    out = values.new_empty(batch, num_queries, values.shape[2])
-    return out, queries.new_empty(batch, num_queries, dtype=torch.float32)
+    out = values.new_empty((batch, num_queries, values.shape[2]))
+    return out, queries.new_empty((batch, num_queries), dtype=torch.float32)
 
 
-@torch.library.custom_op("segdeformer::attention_backward", mutates_args=())
-def attention_backward(
+def start_forward(x: Operands, out: Tensor, lse: Tensor) -> None:
+    """The forward that holds all keys on chip where they are few, else the loop over keys."""
+
+    def candidates() -> Iterator[Launch]:
+        for tile in smaller_tiles(x.tile("attention_forward_few_keys"), keys_stay=True):
+            if (launch := few_keys_launch(x, out, lse, tile=tile)) is not None:
+                yield launch
+        for tile in smaller_tiles(x.tile("attention_forward")):
+            yield forward_launch(x, out, lse, tile=tile)
+
+    start(("attention_forward", x.key()), {**x.tensors(), "out": out, "lse": lse}, candidates)
+
+
+def _backward(
     queries: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values."""
-    grad_queries, grad_keys, grad_values = (t.new_empty(t.shape) for t in (queries, keys, values))
+    grads = grad_queries, grad_keys, grad_values = _empty_grads(queries, keys, values)
     if not grad_out.numel():
         return grad_queries, grad_keys.zero_(), grad_values.zero_()
     if keys.shape[1] == 1:  # it has all the weight whatever its score: exactly no slope
         torch.sum(grad_out, dim=1, keepdim=True, out=grad_values)
         return grad_queries.zero_(), grad_keys.zero_(), grad_values
-    grad_out, deltas = grad_out.contiguous(), torch.empty_like(lse)
-    deltas_launch(out, grad_out, deltas).run()
     operands = pad_operands(queries, keys, values, scale)
-    upstream = Upstream(padded_rows(grad_out, operands.values.shape[2]), lse, deltas)
-    if backward_form(operands.queries, operands.values) == "chunks":
-        backward_in_chunks(operands, upstream, grad_queries, grad_keys, grad_values)
-        return grad_queries, grad_keys, grad_values
-    backward_queries_launch(operands, upstream, grad_queries).run()
-    for launch in backward_keys_launches(operands, upstream, grad_keys, grad_values):
-        launch.run()
-    return grad_queries, grad_keys, grad_values
+    upstream = make_upstream(out, lse, grad_out, operands.values.shape[2])
+    chunks = backward_form(operands.queries, operands.values) == "chunks"
+    (backward_in_chunks if chunks else backward_fused)(operands, upstream, *grads)
+    return grads
 
 
-@attention_backward.register_fake
-def _(
-    queries: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, scale: float
+def _empty_grads(
+    queries: Tensor, keys: Tensor, values: Tensor, *_: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return queries.new_empty(queries.shape), keys.new_empty(keys.shape), values.new_empty(values.shape)
 
 
-def _keep(ctx, inputs, output) -> None:
-    queries, keys, values, scale = inputs
-    ctx.save_for_backward(queries, keys, values, *output)
-    ctx.scale = scale
+def make_upstream(out: Tensor, lse: Tensor, grad_out: Tensor, padded_width: int) -> Upstream:
+    """The gradient, raised in float16, in padded rows, and each row's sum(dO O)."""
+    grad_out, unit = raised(grad_out.contiguous())
+    deltas = torch.empty_like(lse)
+    key = "row_deltas", out.shape, out.dtype
+    tensors = {"out": out, "grad_out": grad_out, "deltas": deltas}
+    start(key, tensors, lambda: [deltas_launch(out, grad_out, deltas)])
+    return Upstream(padded_rows(grad_out, padded_width), lse, deltas, unit)
 
 
-def _backward(ctx, grad_out, grad_lse):
-    queries, keys, values, out, lse = ctx.saved_tensors
-    return *attention_backward(queries, keys, values, out, lse, grad_out, ctx.scale), None
+def start_backward_queries(
+    x: Operands,
+    upstream: Upstream,
+    grad_queries: Tensor,
+    *,
+    key: Hashable,
+    keys_are_values: bool = False,
+) -> None:
+    """dQ of attention, or of external attention."""
+    kernel = f"{'external' if keys_are_values else 'attention'}_backward_queries"
+    build = partial(backward_queries_launch, x, upstream, grad_queries, keys_are_values=keys_are_values)
+    start(
+        (kernel, key),
+        {**x.tensors(), **upstream.tensors(), "grad_queries": grad_queries},
+        lambda: (build(tile=tile) for tile in smaller_tiles(x.tile(kernel))),
+    )
 
 
-attention_with_lse.register_autograd(_backward, setup_context=_keep)
+def backward_fused(
+    x: Operands, upstream: Upstream, grad_queries: Tensor, grad_keys: Tensor, grad_values: Tensor
+) -> None:
+    """All gradients by kernels that make P and dS on chip, each of them anew."""
+    key = upstream.key(x)
+    start_backward_queries(x, upstream, grad_queries, key=key)
+    tensors = {**x.tensors(), **upstream.tensors(), "grad_keys": grad_keys, "grad_values": grad_values}
+    for part in backward_keys_parts(x):
+        kernel = f"attention_backward_{part}"
+        build = partial(backward_keys_launch, x, upstream, grad_keys, grad_values, part=part)
+        start(
+            (kernel, key),
+            tensors,
+            lambda kernel=kernel, build=build: (build(tile=t) for t in smaller_tiles(x.tile(kernel))),
+        )
 
 
 def backward_in_chunks(
@@ -113,25 +148,74 @@ def backward_in_chunks(
 ) -> None:
     """All gradients for any width: P and dS of a chunk of queries by one kernel, then matrix products.
 
-    Holds two n x M matrices, of `CHUNK_BYTES` together or of the least chunk's 128 rows.
+    Holds two n x M matrices, of `CHUNK_BYTES` together or of the least chunk's 128 rows, and float32 sums of
+    the gradients of one image's keys and values.
     """
     row_bytes = 2 * x.num_keys * x.queries.element_size()
     chunk = min(max(LEAST_CHUNK, CHUNK_BYTES // row_bytes // LEAST_CHUNK * LEAST_CHUNK), MOST_CHUNK)
+    chunk = min(chunk, x.num_queries)
+    weights_nM = x.queries.new_empty(chunk, x.num_keys)
+    slopes_nM = torch.empty_like(weights_nM)
+    unit = 1.0 if upstream.unit is None else upstream.unit
     for b in range(x.queries.shape[0]):
         of_keys = torch.zeros_like(x.keys[b], dtype=torch.float32)
         of_values = torch.zeros_like(x.values[b], dtype=torch.float32)
         for first in range(0, x.num_queries, chunk):
             rows = slice(first, min(first + chunk, x.num_queries))
-            weights_nM = x.queries.new_empty(rows.stop - first, x.num_keys)
-            slopes_nM = torch.empty_like(weights_nM)
-            part = x._replace(
+            weights, slopes = weights_nM[: rows.stop - first], slopes_nM[: rows.stop - first]
+            some = x._replace(
                 queries=x.queries[b : b + 1, rows], keys=x.keys[b : b + 1], values=x.values[b : b + 1]
             )
             above = Upstream(
                 upstream.grad_out[b : b + 1, rows], upstream.lse[b, rows], upstream.deltas[b, rows]
             )
-            weights_launch(part, above, weights_nM, slopes_nM).run()
-            of_values += weights_nM.T @ above.grad_out[0]
-            of_keys += slopes_nM.T @ part.queries[0]
-            grad_queries[b, rows] = (slopes_nM @ x.keys[b])[:, : x.width]
-        grad_keys[b], grad_values[b] = of_keys[:, : x.width], of_values[:, : x.value_width]
+            start_weights(some, above, weights, slopes)
+            add_product(of_values, weights.T, above.grad_out[0])
+            add_product(of_keys, slopes.T, some.queries[0])
+            of_queries = add_product(None, slopes, x.keys[b])
+            grad_queries[b, rows] = of_queries[:, : x.width] * (x.scale * unit)
+        torch.mul(of_keys[:, : x.width], x.scale * unit, out=grad_keys[b])
+        torch.mul(of_values[:, : x.value_width], unit, out=grad_values[b])
+
+
+def start_weights(x: Operands, upstream: Upstream, weights_nM: Tensor, slopes_nM: Tensor) -> None:
+    """P and dS of a chunk of queries."""
+    build = partial(weights_launch, x, upstream, weights_nM, slopes_nM)
+    kernel = "attention_weights_and_grads"
+    start(
+        (kernel, upstream.key(x), weights_nM.stride()),
+        {**x.tensors(), **upstream.tensors(), "weights": weights_nM, "grad_scores": slopes_nM},
+        lambda: (build(tile=tile) for tile in smaller_tiles(x.tile(kernel))),
+    )
+
+
+def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in float32, added to `total` in place where there is one.
+
+    cuBLAS adds half-precision products to a float32 matrix itself; elsewhere a rounded product is made first.
+    """
+    if left.dtype != torch.float32 and left.is_cuda and torch.version.hip is None:
+        if total is None:
+            return torch.mm(left, right, out_dtype=torch.float32)
+        return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    if total is None:
+        return left @ right
+    return total.add_(left @ right) if left.dtype != torch.float32 else total.addmm_(left, right)
+
+
+# The output and, for the backward, each row's log-sum-exp in base 2, (B, N) float32.
+attention_with_lse = define_operator(
+    "attention",
+    "(Tensor queries, Tensor keys, Tensor values, float scale) -> (Tensor, Tensor)",
+    _forward,
+    _empty_outputs,
+)
+# Gradients of queries, keys and values.
+attention_backward = define_operator(
+    "attention_backward",
+    "(Tensor queries, Tensor keys, Tensor values, Tensor out, Tensor lse, Tensor grad_out, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _empty_grads,
+)
+define_gradient(attention_with_lse, attention_backward)

@@ -7,23 +7,25 @@ B batch, N pixels, K classes.
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from segdeformer.kernels.attention_forward_triton import load_rows, store_columns
-from segdeformer.kernels.attention_launches import (
-    Operands,
-    Upstream,
-    backward_queries_launch,
-    deltas_launch,
-    forward_launch,
-)
+from segdeformer.kernels.attention_launches import Operands, Upstream, forward_launch
+from segdeformer.kernels.attention_triton import make_upstream, start_backward_queries
+from segdeformer.kernels.fitting import smaller_tiles
 from segdeformer.kernels.launch import Launch, check_operands, check_widths, padded_rows
+from segdeformer.kernels.operators import define_gradient, define_operator
+from segdeformer.kernels.plans import start
 from segdeformer.kernels.tiles import Tile, padded_width
 
 SOFTMAX_ROWS = 16
+LEAST_POWER = -8  # 2^8 times a weight, which is 1 at most, is far from float16's limit
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -67,6 +69,7 @@ def external_backward_keys(
     grad_logits,
     lse,
     deltas,
+    unit,
     num_queries,
     num_keys,
     query_batch_stride,
@@ -77,17 +80,21 @@ def external_backward_keys(
     grad_stride,
     width,
     scale_log2,
-    scale,
+    power,
+    rest,
     D1: tl.constexpr,
     D2: tl.constexpr,
     EVEN_QUERIES: tl.constexpr,
+    HAS_UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
-    """dP = dS^T Q~ + W^T dO in one accumulator, then dA = P (dP - sum(P dP)).
+    """dP = scale dS^T Q~ + W^T dO in one accumulator, then dA = P (dP - sum(P dP)).
 
-    keys is P as rounded for the products; the softmax's own slope takes P from A in float32 again.
+    scale = power * rest, power a power of two that both terms are divided by until the end: neither may shrink
+    before it is rounded. keys is P as rounded for the products; the softmax's own slope takes P from A in
+    float32 again.
     """
     first = tl.program_id(0) * BLOCK_KEYS
     batch = tl.program_id(1).to(tl.int64)
@@ -124,8 +131,8 @@ def external_backward_keys(
         row_lse = tl.load(lse + start + rows, mask=rows < remaining, other=float("inf"))
         delta = tl.load(deltas + start + rows, mask=rows < remaining, other=0.0)
         weights_t = tl.exp2(scores_t * scale_log2 - row_lse[None, :])
-        grad_scores_t = (weights_t * (grad_weights_t - delta[None, :]) * scale).to(q1.dtype)
-        weights_t = weights_t.to(q1.dtype)
+        grad_scores_t = (weights_t * (grad_weights_t - delta[None, :]) * rest).to(q1.dtype)
+        weights_t = (weights_t * (1.0 / power)).to(q1.dtype)
         total1 = tl.dot(weights_t, g1, total1, input_precision=PRECISION)
         total1 = tl.dot(grad_scores_t, q1, total1, input_precision=PRECISION)
         if D2 > 0:
@@ -134,6 +141,8 @@ def external_backward_keys(
         queries += BLOCK_QUERIES * query_stride
         grad_out += BLOCK_QUERIES * grad_stride
 
+    if HAS_UNIT:
+        power *= tl.load(unit)
     a1 = load_logits(logits, offsets, columns1, width, left)
     highest = tl.max(a1, 1)
     if D2 > 0:
@@ -148,9 +157,10 @@ def external_backward_keys(
         along += tl.sum(p2 * total2, 1)
     share = 1.0 / weight
     mean = (along * share)[:, None]
-    store_columns(grad_logits, p1 * share[:, None] * (total1 - mean), offsets, columns1, width, left, width)
+    factor = (power * share)[:, None]
+    store_columns(grad_logits, p1 * factor * (total1 - mean), offsets, columns1, width, left, width)
     if D2 > 0:
-        slope2 = p2 * share[:, None] * (total2 - mean)
+        slope2 = p2 * factor * (total2 - mean)
         store_columns(grad_logits, slope2, offsets, columns2, width, left, width)
 
 
@@ -174,67 +184,54 @@ def external_attention_triton(scores_BNK: Tensor, middle_BNK: Tensor, *, scale: 
     return mixed_BNK
 
 
-@torch.library.custom_op("segdeformer::external_attention", mutates_args=())
-def external_attention_with_lse(scores: Tensor, middle: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The mixtures and, for the backward, each row's log-sum-exp in base 2, (B, N) float32."""
-    mixed, lse = _empty_outputs(scores)
+def _forward(scores: Tensor, middle: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    mixed, lse = _empty_outputs(scores, middle, scale)
     if mixed.numel():
-        operands = external_operands(scores, middle, scale)
-        forward_launch(operands, mixed, lse, keys_are_values=True).run()
+        x = external_operands(scores, middle, scale)
+        build = partial(forward_launch, x, mixed, lse, keys_are_values=True)
+        start(
+            ("external_forward", x.key()),
+            {**x.tensors(), "out": mixed, "lse": lse},
+            lambda: (build(tile=tile) for tile in smaller_tiles(x.tile("external_forward"))),
+        )
     return mixed, lse
 
 
-@external_attention_with_lse.register_fake
-def _(scores: Tensor, middle: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(scores)
-
-
-def _empty_outputs(scores: Tensor) -> tuple[Tensor, Tensor]:
+def _empty_outputs(scores: Tensor, middle: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return scores.new_empty(scores.shape), scores.new_empty(scores.shape[:2], dtype=torch.float32)
 
 
-@torch.library.custom_op("segdeformer::external_attention_backward", mutates_args=())
-def external_attention_backward(
+def _backward(
     scores: Tensor, middle: Tensor, mixed: Tensor, lse: Tensor, grad_mixed: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the scores and of the middle logits."""
-    grad_scores, grad_middle = scores.new_empty(scores.shape), middle.new_empty(middle.shape)
+    grad_scores, grad_middle = _empty_grads(scores, middle)
     if grad_mixed.numel():
-        grad_mixed, deltas = grad_mixed.contiguous(), torch.empty_like(lse)
-        deltas_launch(mixed, grad_mixed, deltas).run()
-        operands = external_operands(scores, middle, scale)
-        upstream = Upstream(padded_rows(grad_mixed, operands.keys.shape[2]), lse, deltas)
-        backward_queries_launch(operands, upstream, grad_scores, keys_are_values=True).run()
-        external_backward_keys_launch(operands, upstream, middle.contiguous(), grad_middle).run()
+        x = external_operands(scores, middle, scale)
+        upstream = make_upstream(mixed, lse, grad_mixed, x.keys.shape[2])
+        key = upstream.key(x)
+        start_backward_queries(x, upstream, grad_scores, key=key, keys_are_values=True)
+        middle = middle.contiguous()
+        build = partial(external_backward_keys_launch, x, upstream, middle, grad_middle)
+        start(
+            ("external_backward_keys", key, middle.dtype),
+            {**x.tensors(), **upstream.tensors(), "logits": middle, "grad_logits": grad_middle},
+            lambda: (build(tile=tile) for tile in smaller_tiles(x.tile("external_backward_keys"))),
+        )
     return grad_scores, grad_middle
 
 
-@external_attention_backward.register_fake
-def _(
-    scores: Tensor, middle: Tensor, mixed: Tensor, lse: Tensor, grad_mixed: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _empty_grads(scores: Tensor, middle: Tensor, *_: Tensor | float) -> tuple[Tensor, Tensor]:
     return scores.new_empty(scores.shape), middle.new_empty(middle.shape)
-
-
-def _keep(ctx, inputs, output) -> None:
-    scores, middle, scale = inputs
-    ctx.save_for_backward(scores, middle, *output)
-    ctx.scale = scale
-
-
-def _backward(ctx, grad_mixed, grad_lse):
-    scores, middle, mixed, lse = ctx.saved_tensors
-    return *external_attention_backward(scores, middle, mixed, lse, grad_mixed, ctx.scale), None
-
-
-external_attention_with_lse.register_autograd(_backward, setup_context=_keep)
 
 
 def external_operands(scores: Tensor, middle: Tensor, scale: float) -> Operands:
     """Q~ padded, and P as both keys and values."""
     width = scores.shape[2]
     probabilities = scores.new_empty(*scores.shape[:2], padded_width(width))
-    probabilities_launch(middle.contiguous(), probabilities).run()
+    middle = middle.contiguous()
+    key = "class_probabilities", middle.shape, middle.dtype, probabilities.dtype
+    tensors = {"logits": middle, "probabilities": probabilities}
+    start(key, tensors, lambda: [probabilities_launch(middle, probabilities)])
     padded = padded_rows(scores, padded_width(width))
     return Operands(padded, probabilities, probabilities, width, width, scale)
 
@@ -260,6 +257,9 @@ def external_backward_keys_launch(
     tile = tile or x.tile("external_backward_keys")
     constants = {k: v for k, v in x.constants(tile).items() if k not in ("E1", "E2")}
     numbers = {k: n for k, n in x.numbers().items() if not k.startswith("value_")}
+    power = 1.0
+    if x.scale > 0:
+        power = 2.0 ** min(0, max(LEAST_POWER, math.floor(math.log2(x.scale))))
     return Launch(
         external_backward_keys,
         (triton.cdiv(x.num_keys, tile.block_keys), x.queries.shape[0]),
@@ -270,7 +270,29 @@ def external_backward_keys_launch(
             "logits": middle,
             "grad_logits": grad_middle,
         },
-        {**numbers, **upstream.numbers(x.scale), "width": x.width},
-        {**constants, "EVEN_QUERIES": x.num_queries % tile.block_queries == 0},
+        {**numbers, **upstream.numbers(), "width": x.width, "power": power, "rest": x.scale / power},
+        {
+            **constants,
+            "EVEN_QUERIES": x.num_queries % tile.block_queries == 0,
+            "HAS_UNIT": upstream.has_unit,
+        },
         tile,
     )
+
+
+# The mixtures and, for the backward, each row's log-sum-exp in base 2, (B, N) float32.
+external_attention_with_lse = define_operator(
+    "external_attention",
+    "(Tensor scores, Tensor middle, float scale) -> (Tensor, Tensor)",
+    _forward,
+    _empty_outputs,
+)
+# Gradients of the scores and of the middle logits.
+external_attention_backward = define_operator(
+    "external_attention_backward",
+    "(Tensor scores, Tensor middle, Tensor mixed, Tensor lse, Tensor grad_mixed, float scale)"
+    " -> (Tensor, Tensor)",
+    _backward,
+    _empty_grads,
+)
+define_gradient(external_attention_with_lse, external_attention_backward)

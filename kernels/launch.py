@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from triton.errors import TritonError
@@ -20,6 +23,7 @@ from triton.errors import TritonError
 from segdeformer.errors import KernelError, UserError
 from segdeformer.kernels.tiles import LARGEST_WIDTH, Tile
 
+KERNEL_FOLDER = Path(__file__).resolve().parent
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ALIGNED_BYTES = 16  # what bulk copies ask of an address
 ALIGNED = 16  # elements: Triton vectorises, and pipelines, what it knows to be a multiple of this
@@ -48,36 +52,51 @@ class Launch(NamedTuple):
             "enable_fp_fusion": True,
         }
 
+    def compile(self) -> Any:
+        """The kernel's machine code for the current GPU; nothing runs."""
+        return self.kernel.warmup(
+            **self.tensors, **self.numbers, **self.constants, grid=self.grid, **self.options
+        )
+
     def run(self) -> None:
         """Start it on the tensors' device; raises `KernelError`."""
         device = next(iter(self.tensors.values())).device
         if self.tile.tma and device.type == "cuda":
-            triton.set_allocator(  # of this thread: the backward runs in one of its own
-                lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device)
-            )
+            allow_descriptors(device)
         guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         try:
             with guard:
-                self.kernel[self.grid](
-                    **self.tensors,
-                    **self.numbers,
-                    **self.constants,
-                    **self.options,
-                )
+                self.kernel[self.grid](**self.tensors, **self.numbers, **self.constants, **self.options)
         except torch.OutOfMemoryError:
             raise
         except (TritonError, RuntimeError) as error:
-            raise KernelError(self.failure(error)) from error
+            raise KernelError(failure(self, error)) from error
 
-    def failure(self, error: Exception) -> str:
-        """What to print when the kernel did not start."""
-        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in self.tensors.items())
-        dtype = str(next(iter(self.tensors.values())).dtype).removeprefix("torch.")
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        return (
-            f"Triton kernel {self.name} failed ({reason[-1]}) for {dtype} {shapes} with tile {self.tile}; "
-            "measure tiles that fit this GPU with `segdeformer bench --tune`, or use --impl sdpa"
-        )
+
+def allow_descriptors(device: torch.device) -> None:
+    """Let this thread's kernels make descriptors of bulk copies; the backward runs in a thread of its own."""
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+
+
+def failure(launch: Launch, error: Exception) -> str:
+    """What to print when a kernel did not start."""
+    shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in launch.tensors.items())
+    dtype = str(next(iter(launch.tensors.values())).dtype).removeprefix("torch.")
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return (
+        f"Triton kernel {launch.name} failed ({reason[-1]}) for {dtype} {shapes} with tile {launch.tile}; "
+        "measure tiles that fit this GPU with `segdeformer bench --tune`, or use --impl sdpa"
+    )
+
+
+@functools.cache
+def kernel_sources() -> str:
+    """A digest of the Triton code and of its launches: other sources are other kernels."""
+    digest = hashlib.sha256()
+    for name in ("*_triton.py", "*_launches.py", "launch.py"):
+        for path in sorted(KERNEL_FOLDER.glob(name)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def interpreting() -> bool:
@@ -102,25 +121,36 @@ if interpreting() and triton.__version__.startswith("3.6."):
     _mend_interpreter()
 
 
-def check_operands(*tensors: Tensor) -> None:
+def check_operands(first: Tensor, *others: Tensor) -> None:
     """Raise `ValueError` unless Triton's kernels can take these tensors together."""
-    first = tensors[0]
-    if any(t.dtype != first.dtype for t in tensors) or first.dtype not in DTYPES:
-        kinds = ", ".join(str(t.dtype).removeprefix("torch.") for t in tensors)
+    dtype, device = first.dtype, first.device
+    for tensor in others:
+        if tensor.dtype != dtype or tensor.device != device:
+            _refuse_mixture((first, *others))
+    if dtype not in DTYPES:
+        _refuse_mixture((first, *others))
+    if device.type != "cuda":
+        check_interpreter(first)
+
+
+def _refuse_mixture(tensors: tuple[Tensor, ...]) -> NoReturn:
+    if any(tensor.dtype != tensors[0].dtype for tensor in tensors) or tensors[0].dtype not in DTYPES:
+        kinds = ", ".join(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
         raise ValueError(
             f"impl `triton` takes tensors of one dtype, float16, bfloat16 or float32; got {kinds}"
         )
-    if any(t.device != first.device for t in tensors):
-        places = ", ".join(str(t.device) for t in tensors)
-        raise ValueError(f"impl `triton` takes tensors on one device; got {places}")
-    if first.device.type == "cuda":
-        return
+    places = ", ".join(str(tensor.device) for tensor in tensors)
+    raise ValueError(f"impl `triton` takes tensors on one device; got {places}")
+
+
+def check_interpreter(tensor: Tensor) -> None:
+    """Raise `ValueError` unless Triton's interpreter runs here and can take this tensor."""
     if not interpreting():
         raise ValueError(
-            f"impl `triton` needs a GPU, the tensors are on {first.device}; use auto or sdpa "
+            f"impl `triton` needs a GPU, the tensors are on {tensor.device}; use auto or sdpa "
             "(or set TRITON_INTERPRET=1 before the start to try the kernels, slowly, on a CPU)"
         )
-    if first.dtype == torch.bfloat16:
+    if tensor.dtype == torch.bfloat16:
         raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; use float16 or float32 there")
 
 
@@ -134,8 +164,10 @@ def check_widths(*widths: int) -> None:
 
 def dot_precision(dtype: torch.dtype, *, tf32: bool = False) -> str:
     """How float32 products are taken: exactly, unless PyTorch's own matmul, or the caller, allows TF32."""
+    if dtype != torch.float32:
+        return "ieee"
     allowed = tf32 or torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed and dtype == torch.float32 and _has_tf32() else "ieee"
+    return "tf32" if allowed and _has_tf32() else "ieee"
 
 
 @functools.cache
@@ -150,16 +182,10 @@ def padded_rows(matrix_BNW: Tensor, width: int) -> Tensor:
 
     A view where they are so already, else a copy: a product over N x M costs far more.
     """
-    batch, num_rows, real = matrix_BNW.shape
-    if (
-        real == width
-        and matrix_BNW.stride(2) == 1
-        and matrix_BNW.stride(1) % ALIGNED == 0
-        and matrix_BNW.stride(0) % ALIGNED == 0
-        and matrix_BNW.data_ptr() % ALIGNED_BYTES == 0
-    ):
+    real = matrix_BNW.shape[2]
+    if real < width:
+        return F.pad(matrix_BNW, (0, width - real))
+    batch_stride, row_stride, stride = matrix_BNW.stride()
+    if stride == 1 and not (row_stride | batch_stride) % ALIGNED and not matrix_BNW.data_ptr() % ALIGNED_BYTES:
         return matrix_BNW
-    padded_BNW = matrix_BNW.new_empty(batch, num_rows, width)
-    padded_BNW[..., :real] = matrix_BNW
-    padded_BNW[..., real:] = 0
-    return padded_BNW
+    return matrix_BNW.clone(memory_format=torch.contiguous_format)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,18 +17,16 @@ from torch import Tensor
 
 from segdeformer.errors import KernelError
 from segdeformer.kernels.attention import attention, attention_reference
-from segdeformer.kernels.attention_launches import (
-    Upstream,
-    backward_keys_launches,
-    backward_queries_launch,
-    deltas_launch,
-    pad_operands,
+from segdeformer.kernels.attention_launches import pad_operands
+from segdeformer.kernels.attention_triton import (
+    attention_with_lse,
+    backward_fused,
+    backward_in_chunks,
+    make_upstream,
 )
-from segdeformer.kernels.attention_triton import attention_with_lse, backward_in_chunks
 from segdeformer.kernels.clock import median_ms, synchronize
 from segdeformer.kernels.external_attention import external_attention, external_attention_reference
 from segdeformer.kernels.impl import Impl, Operation
-from segdeformer.kernels.launch import padded_rows
 from segdeformer.kernels.oracle import answer, largest_allowed, worst_row_error
 from segdeformer.kernels.tiles import WIDEST_FUSED_BACKWARD, Choice, padded_width
 from segdeformer.kernels.tune_problems import dtypes_of
@@ -199,24 +198,13 @@ def faster_backward(race: Race, device: torch.device, *, most_pixels: int | None
     queries, keys, values = (t.detach() for t in inputs)
     assert grad_out is not None
     out, lse = attention_with_lse(queries, keys, values, scale)
-    deltas = torch.empty_like(lse)
-    deltas_launch(out, grad_out, deltas).run()
     operands = pad_operands(queries, keys, values, scale)
-    upstream = Upstream(padded_rows(grad_out, operands.values.shape[2]), lse, deltas)
+    upstream = make_upstream(out, lse, grad_out, operands.values.shape[2])
     grads = [torch.empty_like(t) for t in (queries, keys, values)]
-
-    def fused() -> None:
-        backward_queries_launch(operands, upstream, grads[0]).run()
-        for launch in backward_keys_launches(operands, upstream, grads[1], grads[2]):
-            launch.run()
-
-    def chunks() -> None:
-        backward_in_chunks(operands, upstream, *grads)
-
     times = {}
-    for name, run in (("fused", fused), ("chunks", chunks)):
+    for name, backward in (("fused", backward_fused), ("chunks", backward_in_chunks)):
         try:
-            times[name] = median_ms(run, device)
+            times[name] = median_ms(partial(backward, operands, upstream, *grads), device)
         except KernelError:
             continue
     return min(times, key=times.__getitem__, default="chunks")

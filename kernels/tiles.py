@@ -29,7 +29,10 @@ from segdeformer.errors import UserError
 
 WIDTHS = (64, 128, 192, 256, 512)  # classes of the default tiles: the wider of keys and values, rounded up
 LARGEST_WIDTH = WIDTHS[-1]
+# Widest keys or values whose backward makes P and dS on chip, three times over; wider ones write both, a chunk
+# of queries at a time, for matrix products. On Hopper 256 columns leave its wide instructions too few registers.
 WIDEST_FUSED_BACKWARD = 256
+FUSED_BACKWARD_BY_DEFAULT = {"sm_90": 192}
 TUNED = Path(__file__).parent / "tuned"
 
 
@@ -42,9 +45,10 @@ class Tile(NamedTuple):
     stages: int  # depth of the software pipeline
     tma: bool = False  # Hopper's bulk copies instead of cp.async
     warp_specialize: bool = False
+    polynomial: bool = False  # every fourth exponential by a polynomial; narrow external forwards only
 
     def __str__(self) -> str:
-        extras = "".join(f", {name}" for name in ("tma", "warp_specialize") if getattr(self, name))
+        extras = "".join(f", {name}" for name in self._fields[4:] if getattr(self, name))
         return f"{self.block_queries}x{self.block_keys}, {self.warps} warps, {self.stages} stages{extras}"
 
 
@@ -91,6 +95,7 @@ ARCHITECTURES = {
 }
 
 
+@functools.cache
 def split_width(width: int) -> tuple[int, int]:
     """The least sum of two powers of two from 16 on that covers a width; the second is 0 where one does.
 
@@ -138,13 +143,14 @@ def choose_tile(kernel: str, width: int, value_width: int, element_bytes: int, d
 
 
 def backward_form(queries: torch.Tensor, values: torch.Tensor) -> str:
-    """`fused` or `chunks`: as measured on this GPU, else chunks where the fused tiles do not fit on chip."""
+    """`fused` or `chunks`: as measured on this GPU, else by the widths and the kind of card."""
     width, value_width = queries.shape[2], values.shape[2]
     if queries.device.type == "cuda":
         measured = tuned_for(queries.device).get("backward", {}).get(f"{width}x{value_width}", {})
         if str(queries.element_size()) in measured:
             return str(measured[str(queries.element_size())])
-    return "chunks" if max(width, value_width) > WIDEST_FUSED_BACKWARD else "fused"
+    widest = FUSED_BACKWARD_BY_DEFAULT.get(architecture_of(queries.device).name, WIDEST_FUSED_BACKWARD)
+    return "chunks" if max(width, value_width) > widest else "fused"
 
 
 def default_tile(
@@ -174,10 +180,14 @@ def measured_choices(device: torch.device) -> list[Choice]:
     return [Choice(**choice) for choice in tuned_for(device).get("choices", [])]
 
 
+def user_cache() -> Path:
+    """Where this user's machine keeps what it found out about itself."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segdeformer"
+
+
 def user_tuned() -> Path:
     """Where `segdeformer bench --tune` keeps this user's measurements."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "segdeformer" / "tuned"
+    return user_cache() / "tuned"
 
 
 def gpu_slug(name: str) -> str:

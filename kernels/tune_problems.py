@@ -175,7 +175,7 @@ def _written(kernel: str) -> tuple[str, ...]:
 def _weights_and_slopes(
     inputs: tuple[Tensor, ...], grad_out: Tensor, scale: float
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """P and dS of the first chunk of queries, in float64 and in the inputs' dtype."""
+    """P and dS, without the scale, of the first chunk of queries, in float64 and in the inputs' dtype."""
     queries, keys, values = inputs
     rows = slice(0, NUM_CHUNK_QUERIES)
     made = []
@@ -185,7 +185,7 @@ def _weights_and_slopes(
         weights_nM = ((q_nD @ k_MD.T) * scale).softmax(dim=-1)
         grad_weights_nM = g_nE @ v_ME.T
         deltas_n1 = (weights_nM * grad_weights_nM).sum(dim=-1, keepdim=True)
-        made.append((weights_nM, weights_nM * (grad_weights_nM - deltas_n1) * scale))
+        made.append((weights_nM, weights_nM * (grad_weights_nM - deltas_n1)))
     (weights, slopes), (weights_eager, slopes_eager) = made
     return {"weights": (weights, weights_eager), "grad_scores": (slopes, slopes_eager)}
 

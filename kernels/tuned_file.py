@@ -8,7 +8,6 @@ twice.
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -22,10 +21,11 @@ import triton
 from segdeformer.errors import UserError
 from segdeformer.files import write_text
 from segdeformer.kernels.commit import commit
-from segdeformer.kernels.tiles import Choice, Tile, architecture_of, forget_tables
+from segdeformer.kernels.launch import kernel_sources
+from segdeformer.kernels.plans import forget_plans
+from segdeformer.kernels.tiles import Choice, Tile, architecture_of
 from segdeformer.kernels.tune_problems import Problem
 
-KERNEL_FOLDER = Path(__file__).resolve().parent
 ENDED = "the process ended while it was tried"
 
 
@@ -45,7 +45,7 @@ class TunedFile:
         text = re.sub(r"\[\s+([^][{}]*?)\s+\]", _one_line, json.dumps(self.table, indent=1)) + "\n"
         for path in filter(None, (self.path, self.copy)):
             write_text(path, text)
-        forget_tables()
+        forget_plans()
 
     def outcomes(self, problem: Problem) -> dict[Tile, float | str]:
         """Of each candidate so far its milliseconds, or why it was turned down."""
@@ -136,12 +136,3 @@ def _names(row: dict[str, Any], problem: Problem) -> bool:
 
 def _one_line(found: re.Match[str]) -> str:
     return "[" + " ".join(found.group(1).split()) + "]"
-
-
-def kernel_sources() -> str:
-    """A digest of the Triton code that is tuned and of its launches: other sources are other kernels."""
-    digest = hashlib.sha256()
-    names = ("*_triton.py", "*_launches.py", "launch.py")
-    for path in sorted(path for name in names for path in KERNEL_FOLDER.glob(name)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]

@@ -2,6 +2,8 @@
 
 import torch
 
+from segdeformer.kernels.oracle import largest_allowed, worst_row_error
+
 
 def random(*shape, seed=0, dtype=torch.float32, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
@@ -30,3 +32,30 @@ def assert_values_and_gradients_no_worse(ours, reference, inputs, upstream):
     for mine, eager, oracle in zip(results["ours"], results["eager"], results["oracle"], strict=True):
         assert mine.dtype == eager.dtype
         assert_no_worse(mine, eager, oracle)
+
+
+def assert_small_gradients_no_worse(ours, reference, inputs, upstream, *, power):
+    """`upstream` is too small for half precision's products; the yardstick meets it times 2^power, exactly.
+
+    Row by row, relative to the row: gradients this small would pass any budget with an absolute term. Both are
+    rounded to the dtype at the end, where the smallest numbers lose their last bits whatever is done.
+    """
+
+    def gradients(function, convert, factor):
+        leaves = [convert(x.detach()).requires_grad_() for x in inputs]
+        out = function(*leaves)
+        out.backward((upstream.double() * factor).to(out.dtype))
+        return [(x.grad.double() / factor).to(given.dtype) for x, given in zip(leaves, inputs, strict=True)]
+
+    exact = [x.grad for x in _exact(reference, inputs, upstream)]
+    mine = gradients(ours, torch.clone, 1)
+    yardstick = gradients(reference, torch.clone, 2.0**power)
+    for own, eager, oracle in zip(mine, yardstick, exact, strict=True):
+        error, allowed = worst_row_error(own, oracle), largest_allowed(worst_row_error(eager, oracle), own.dtype)
+        assert error <= allowed, (error, allowed)
+
+
+def _exact(reference, inputs, upstream):
+    leaves = [x.detach().double().requires_grad_() for x in inputs]
+    reference(*leaves).backward(upstream.double())
+    return leaves

@@ -3,9 +3,16 @@
 Fresh memory is NaN throughout, so an element that a kernel leaves out is seen.
 """
 
+import math
+
 import pytest
 import torch
-from budget import assert_no_worse, assert_values_and_gradients_no_worse, random
+from budget import (
+    assert_no_worse,
+    assert_small_gradients_no_worse,
+    assert_values_and_gradients_no_worse,
+    random,
+)
 
 from segdeformer.kernels import attention_launches, attention_triton, launch
 from segdeformer.kernels.attention import attention, attention_reference
@@ -62,9 +69,11 @@ def test_values_and_gradients_are_no_worse_than_the_textbook_form(n, m, d, e, dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("d", "e"), [(64, 19), (150, 256), (256, 256)])
-def test_a_backward_in_chunks_gives_the_same_gradients(monkeypatch, d, e, dtype):
-    monkeypatch.setattr(attention_triton, "backward_form", lambda queries, values: "chunks")
+@pytest.mark.parametrize(
+    ("form", "d", "e"), [("chunks", 64, 19), ("chunks", 150, 256), ("chunks", 256, 256), ("fused", 256, 256)]
+)
+def test_a_backward_in_chunks_gives_the_same_gradients(monkeypatch, form, d, e, dtype):
+    monkeypatch.setattr(attention_triton, "backward_form", lambda queries, values: form)
     monkeypatch.setattr(attention_triton, "CHUNK_BYTES", 1)  # the least chunk, so there are several
     n, m = 300, 70
     inputs = [
@@ -74,6 +83,30 @@ def test_a_backward_in_chunks_gives_the_same_gradients(monkeypatch, d, e, dtype)
     ]
     upstream = made(2, n, e, seed=3, dtype=dtype)
     assert_values_and_gradients_no_worse(triton_attention(d**-0.5), textbook(d**-0.5), inputs, upstream)
+
+
+@pytest.mark.parametrize(("form", "size"), [("fused", 1.0), ("fused", 1e-2), ("fused", 1e-5), ("chunks", 1e-3)])
+def test_small_float16_gradients_lose_no_more_than_large_ones(monkeypatch, form, size):
+    """2000 probabilities times a small gradient are below float16's range."""
+    monkeypatch.setattr(attention_triton, "backward_form", lambda queries, values: form)
+    n, m, d, e = 17, 2000, 64, 48
+    shapes = [(n, d), (m, d), (m, e)]
+    inputs = [made(1, *shape, seed=i, dtype=torch.float16) for i, shape in enumerate(shapes)]
+    upstream = (size * made(1, n, e, seed=3)).half()
+    power = -math.floor(math.log2(size))
+    assert_small_gradients_no_worse(
+        triton_attention(d**-0.5), textbook(d**-0.5), inputs, upstream, power=power
+    )
+
+
+def test_a_gradient_is_raised_by_a_power_of_two_and_never_lowered():
+    for largest, factor in [(0.0, 2.0), (1.0, 1.0), (0.75, 2.0), (2.0**-10, 2.0**10), (2.0**-20, 2.0**15), (900.0, 1.0)]:
+        given = torch.tensor([[largest, -largest / 2]], dtype=torch.float16, device=DEVICE)
+        gradient, unit = attention_launches.raised(given)
+        assert torch.equal(gradient.double(), given.double() * factor), largest
+        assert unit.item() == 1 / factor
+    given = torch.tensor([1e-20], dtype=torch.bfloat16)
+    assert attention_launches.raised(given) == (given, None)
 
 
 @pytest.mark.parametrize("num_keys", [1, 16, 63, 64])

@@ -1,11 +1,20 @@
 """The external attention's kernels against float64; see test_triton_attention.py."""
 
+import math
+import struct
+
+import numpy as np
 import pytest
 import torch
-from budget import assert_no_worse, assert_values_and_gradients_no_worse
+from budget import (
+    assert_no_worse,
+    assert_small_gradients_no_worse,
+    assert_values_and_gradients_no_worse,
+)
 from test_triton_attention import DEVICE, DTYPES, made, poisoned_memory  # noqa: F401
 
 from segdeformer.kernels import attention_launches, external_attention_triton
+from segdeformer.kernels.attention_forward_triton import CUBIC, EXP2_OF_FOUR
 from segdeformer.kernels.external_attention import external_attention, external_attention_reference
 from segdeformer.kernels.tiles import Tile
 
@@ -100,6 +109,64 @@ def test_every_tile_gives_the_same(queries, keys, tma):
     ).run()
     oracle = textbook(0.3)(scores.double(), middle.double())
     assert_no_worse(mixed, textbook(0.3)(scores, middle), oracle)
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "size", "scale"),
+    [(19, 1e-3, 512**-0.5), (150, 1e-2, 1 / 16), (19, 1e-5, 1 / 16), (19, 1e-3, 3.0)],
+)
+def test_small_float16_gradients_lose_no_more_than_large_ones(num_classes, size, scale):
+    scores = 2 * made(1, 500, num_classes, dtype=torch.float16)
+    middle = 2 * made(1, 500, num_classes, seed=1)
+    upstream = (size * made(1, 500, num_classes, seed=2)).half()
+    power = -math.floor(math.log2(size))
+    assert_small_gradients_no_worse(
+        triton_external(scale), textbook(scale), [scores, middle], upstream, power=power
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spread", [0.5, 5, 20, 400])
+@pytest.mark.parametrize("num_classes", [2, 19, 32])
+def test_few_classes_need_no_running_maximum_and_far_scores_keep_one(num_classes, spread, dtype):
+    """Whether a block of queries keeps one depends on how far its scores lie apart: here on every third."""
+    scores = made(2, 90, num_classes, dtype=torch.float64)
+    scores[:, ::3] *= spread
+    scores, middle = scores.to(dtype), 2 * made(2, 90, num_classes, seed=1)
+    x = external_attention_triton.external_operands(scores, middle, 1.0)
+    mixed, lse = torch.full_like(scores, float("nan")), torch.full((2, 90), float("nan"), device=DEVICE)
+    call = attention_launches.forward_launch(x, mixed, lse, keys_are_values=True, tile=Tile(16, 32, 4, 1))
+    assert call.name == "external_forward_narrow"
+    call.run()
+    oracle = textbook(1.0)(scores.double(), middle.double())
+    assert_no_worse(mixed, textbook(1.0)(scores, middle), oracle)
+    probabilities = x.keys[..., :num_classes].double()
+    exact = (scores.double() @ probabilities.transpose(1, 2)).logsumexp(-1) / math.log(2)
+    assert (lse.double() - exact).abs().max() <= 4e-6 * exact.abs().max().clamp(min=1)
+
+
+def test_a_scale_that_is_not_positive_takes_the_general_kernel():
+    scores, middle = made(1, 40, 19), made(1, 40, 19, seed=1)
+    upstream = made(1, 40, 19, seed=2)
+    for scale in (-0.5, 0.0):
+        assert_values_and_gradients_no_worse(
+            triton_external(scale), textbook(scale), [scores, middle], upstream
+        )
+
+
+def test_the_polynomial_of_two_to_the_x_is_a_fraction_of_bfloat16s_rounding():
+    """By the same steps as the PTX, in float32: round to the nearest integer, a cubic, add to the exponent."""
+    rounder, (c3, c2, c1) = np.float32(1.5 * 2**23), map(np.float32, CUBIC)
+    x = np.linspace(-120, 0, 400_001, dtype=np.float32)
+    whole = x + rounder
+    shift = whole.view(np.int32) << 23
+    part = x - (whole - rounder)
+    power = ((c3 * part + c2) * part + c1) * part + np.float32(1)
+    result = (power.view(np.int32) + shift).view(np.float32)
+    assert np.abs(result / np.exp2(x.astype(np.float64)) - 1).max() < 1.1e-4
+    assert float.fromhex("0x1p-9") > 1.9e-3  # bfloat16's
+    for number in (*CUBIC, -126.0, 1.5 * 2**23):
+        assert struct.pack(">f", number).hex().upper() in EXP2_OF_FOUR.value
 
 
 def test_an_empty_batch_is_empty():

@@ -1,0 +1,63 @@
+"""PyTorch operators with gradients whose calls cost the host little.
+
+What `torch.library.custom_op` and `register_autograd` give, tracing and shapes without data included, by the
+layer below them: those two add to forward + backward about as much as our kernels' own host code takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def define_operator(
+    name: str, schema: str, run: Callable[..., Any], shapes: Callable[..., Any]
+) -> torch._ops.OpOverload:
+    """Register `segdeformer::name`, (schema), with what computes it and what only makes its outputs."""
+    qualified = f"segdeformer::{name}"
+    torch.library.define(qualified, schema)
+    torch.library.impl(qualified, ("cpu", "cuda"), run)
+    torch.library.register_fake(qualified, shapes)
+    operator: torch._ops.OpOverload = getattr(torch.ops.segdeformer, name).default
+    return operator
+
+
+def define_gradient(
+    operator: torch._ops.OpOverload, backward: Callable[..., tuple[Tensor, ...]]
+) -> Callable[..., Any]:
+    """Give an operator of tensors and a last number, with outputs (result, log-sum-exp), its gradient.
+
+    backward: of the input tensors, the two outputs, the result's gradient and the number; gives the gradients of
+    the input tensors. The log-sum-exp has none.
+    """
+
+    class WithGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                result, lse = operator(*inputs)
+            ctx.save_for_backward(*inputs[:-1], result, lse)
+            ctx.number = inputs[-1]
+            ctx.mark_non_differentiable(lse)
+            ctx.set_materialize_grads(False)  # or the log-sum-exp's would be made, of zeros
+            return result, lse
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any, _: Any) -> Any:
+            if torch.is_grad_enabled():
+                raise RuntimeError(f"{operator.name()} has no second derivatives; use impl `reference`")
+            return *backward(*ctx.saved_tensors, grad, ctx.number), None
+
+    def autograd(*inputs: Any) -> Any:
+        if torch.is_grad_enabled():
+            for tensor in inputs[:-1]:
+                if tensor.requires_grad:
+                    return WithGradient.apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*inputs)
+
+    torch.library.impl(operator.name().removesuffix(".default"), "Autograd")(autograd)
+    return operator
