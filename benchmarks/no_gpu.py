@@ -1,7 +1,7 @@
 """Triton's driver for a GPU that is not there: kernels compile and are started, but nothing runs.
 
-All of the host's work can so be tried and timed on any machine: tensors lie on the CPU, and only the last call
-into the GPU's own driver is missing.
+All of the host's work can so be tried and timed on any machine: tensors lie on the CPU, and only the last
+call into the GPU's own driver is missing.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class NoGpu:
 
 
 def pretend(*, architecture: str = "sm_90", shared_bytes: int | None = None) -> NoGpu:
-    """From now on kernels are compiled for this card, and started without effect. For a process of its own."""
+    """From now on kernels are compiled for this card and started without effect; for a process of its own."""
     shared_bytes = shared_bytes or ARCHITECTURES[architecture].shared_bytes
     card = NoGpu(int(architecture.removeprefix("sm_")), shared_bytes)
     driver.set_active(card)

@@ -1,9 +1,9 @@
 """Triton backwards of one-head attention; widths and padding as in the forward, scores in base 2.
 
 P = exp2(scale S - lse), dP = dO V^T, dS = P (dP - delta), delta = sum(dO O) of each row:
-dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K. The scale meets float32 sums, not dS, which is rounded for the
-products: small gradients would fall below float16's range. For the same reason dO may come in a `unit` of its
-own (see attention_launches.raised). Transposed products are computed directly, never by turning a tile.
+dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K. The scale meets float32 sums, not dS, which is rounded for
+the products: small gradients would fall below float16's range. For the same reason dO may come in a `unit` of
+its own (see attention_launches.raised). Transposed products are computed directly, never by turning a tile.
 """
 
 import triton

@@ -238,7 +238,7 @@ def _hexadecimal(number: float) -> str:
 EXP2_OF_FOUR = tl.constexpr(
     """{{
     .reg .f32 whole, part, power;
-    .reg .b32 shift;
+    .reg .b32 shift, bits;
     ex2.approx.ftz.f32 $0, $4;
     ex2.approx.ftz.f32 $1, $5;
     ex2.approx.ftz.f32 $2, $6;
@@ -251,7 +251,8 @@ EXP2_OF_FOUR = tl.constexpr(
     fma.rn.f32 power, power, part, {c1};
     fma.rn.f32 power, power, part, {one};
     shl.b32 shift, shift, 23;
-    add.s32 $3, power, shift;
+    mov.b32 bits, power;
+    add.s32 $3, bits, shift;
     }}""".format(
         lowest=_hexadecimal(-126.0),
         rounder=_hexadecimal(1.5 * 2**23),

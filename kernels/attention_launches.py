@@ -48,7 +48,7 @@ class Operands(NamedTuple):
     scale: float
 
     def key(self) -> Hashable:
-        """All that decides how kernels are called with these: see plans.start."""
+        """All that decides how kernels are called with these: see plans.start_kernel."""
         q, k, v = self.queries, self.keys, self.values
         shapes = q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride()
         return shapes, q.dtype, dot_precision(q.dtype), self.width, self.value_width, self.scale
@@ -108,7 +108,7 @@ class Upstream(NamedTuple):
         return self.unit is not None
 
     def key(self, x: Operands) -> Hashable:
-        """All that decides how the backward's kernels are called: see plans.start."""
+        """All that decides how the backward's kernels are called: see plans.start_kernel."""
         return x.key(), self.grad_out.stride(), self.has_unit
 
     def tensors(self) -> dict[str, Tensor]:
@@ -123,8 +123,8 @@ def raised(grad_out: Tensor) -> tuple[Tensor, Tensor | None]:
     """A float16 gradient times the power of two, up to 2^15, that brings its largest element to 1 or more.
 
     And the unit that it is then in. Products of probabilities and gradients are rounded to float16 for the
-    matrix instructions, and of 16,384 probabilities times a small gradient little would be left. Nothing is read
-    back from the device. Other dtypes have the range, and stay as they are.
+    matrix instructions, and of 16,384 probabilities times a small gradient little would be left. Nothing is
+    read back from the device. Other dtypes have the range, and stay as they are.
     """
     if grad_out.dtype != torch.float16:
         return grad_out, None
@@ -291,7 +291,7 @@ def backward_keys_launch(
 def weights_launch(
     x: Operands, upstream: Upstream, weights_nM: Tensor, grad_scores_nM: Tensor, *, tile: Tile | None = None
 ) -> Launch:
-    """P and dS, without the scale and in the gradient's unit, of some queries of one image against all its keys."""
+    """P and dS (no scale, in the gradient's unit) of some queries of one image against all its keys."""
     tile = tile or x.tile("attention_weights_and_grads")
     numbers = x.numbers() | upstream.numbers() | {"weights_stride": weights_nM.stride(0)}
     widths = x.queries.shape[2], x.values.shape[2]

@@ -27,7 +27,7 @@ from segdeformer.kernels.attention_launches import (
 from segdeformer.kernels.fitting import smaller_tiles
 from segdeformer.kernels.launch import Launch, check_operands, check_widths, padded_rows
 from segdeformer.kernels.operators import define_gradient, define_operator
-from segdeformer.kernels.plans import start
+from segdeformer.kernels.plans import start_kernel
 from segdeformer.kernels.tiles import backward_form
 
 CHUNK_BYTES = 256 * 2**20  # of P and dS together: memory stays O(N), and few launches fill a large GPU
@@ -73,7 +73,7 @@ def start_forward(x: Operands, out: Tensor, lse: Tensor) -> None:
         for tile in smaller_tiles(x.tile("attention_forward")):
             yield forward_launch(x, out, lse, tile=tile)
 
-    start(("attention_forward", x.key()), {**x.tensors(), "out": out, "lse": lse}, candidates)
+    start_kernel(("attention_forward", x.key()), {**x.tensors(), "out": out, "lse": lse}, candidates)
 
 
 def _backward(
@@ -104,7 +104,7 @@ def make_upstream(out: Tensor, lse: Tensor, grad_out: Tensor, padded_width: int)
     deltas = torch.empty_like(lse)
     key = "row_deltas", out.shape, out.dtype
     tensors = {"out": out, "grad_out": grad_out, "deltas": deltas}
-    start(key, tensors, lambda: [deltas_launch(out, grad_out, deltas)])
+    start_kernel(key, tensors, lambda: [deltas_launch(out, grad_out, deltas)])
     return Upstream(padded_rows(grad_out, padded_width), lse, deltas, unit)
 
 
@@ -119,7 +119,7 @@ def start_backward_queries(
     """dQ of attention, or of external attention."""
     kernel = f"{'external' if keys_are_values else 'attention'}_backward_queries"
     build = partial(backward_queries_launch, x, upstream, grad_queries, keys_are_values=keys_are_values)
-    start(
+    start_kernel(
         (kernel, key),
         {**x.tensors(), **upstream.tensors(), "grad_queries": grad_queries},
         lambda: (build(tile=tile) for tile in smaller_tiles(x.tile(kernel))),
@@ -133,14 +133,13 @@ def backward_fused(
     key = upstream.key(x)
     start_backward_queries(x, upstream, grad_queries, key=key)
     tensors = {**x.tensors(), **upstream.tensors(), "grad_keys": grad_keys, "grad_values": grad_values}
+
+    def candidates(part: str) -> Iterator[Launch]:
+        for tile in smaller_tiles(x.tile(f"attention_backward_{part}")):
+            yield backward_keys_launch(x, upstream, grad_keys, grad_values, part=part, tile=tile)
+
     for part in backward_keys_parts(x):
-        kernel = f"attention_backward_{part}"
-        build = partial(backward_keys_launch, x, upstream, grad_keys, grad_values, part=part)
-        start(
-            (kernel, key),
-            tensors,
-            lambda kernel=kernel, build=build: (build(tile=t) for t in smaller_tiles(x.tile(kernel))),
-        )
+        start_kernel((part, key), tensors, partial(candidates, part))
 
 
 def backward_in_chunks(
@@ -182,7 +181,7 @@ def start_weights(x: Operands, upstream: Upstream, weights_nM: Tensor, slopes_nM
     """P and dS of a chunk of queries."""
     build = partial(weights_launch, x, upstream, weights_nM, slopes_nM)
     kernel = "attention_weights_and_grads"
-    start(
+    start_kernel(
         (kernel, upstream.key(x), weights_nM.stride()),
         {**x.tensors(), **upstream.tensors(), "weights": weights_nM, "grad_scores": slopes_nM},
         lambda: (build(tile=tile) for tile in smaller_tiles(x.tile(kernel))),

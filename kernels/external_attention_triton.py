@@ -21,7 +21,7 @@ from segdeformer.kernels.attention_triton import make_upstream, start_backward_q
 from segdeformer.kernels.fitting import smaller_tiles
 from segdeformer.kernels.launch import Launch, check_operands, check_widths, padded_rows
 from segdeformer.kernels.operators import define_gradient, define_operator
-from segdeformer.kernels.plans import start
+from segdeformer.kernels.plans import start_kernel
 from segdeformer.kernels.tiles import Tile, padded_width
 
 SOFTMAX_ROWS = 16
@@ -92,9 +92,9 @@ def external_backward_keys(
 ):
     """dP = scale dS^T Q~ + W^T dO in one accumulator, then dA = P (dP - sum(P dP)).
 
-    scale = power * rest, power a power of two that both terms are divided by until the end: neither may shrink
-    before it is rounded. keys is P as rounded for the products; the softmax's own slope takes P from A in
-    float32 again.
+    scale = power * rest, power a power of two that both terms are divided by until the end: neither may
+    shrink before it is rounded. keys is P as rounded for the products; the softmax's own slope takes P from A
+    in float32 again.
     """
     first = tl.program_id(0) * BLOCK_KEYS
     batch = tl.program_id(1).to(tl.int64)
@@ -189,7 +189,7 @@ def _forward(scores: Tensor, middle: Tensor, scale: float) -> tuple[Tensor, Tens
     if mixed.numel():
         x = external_operands(scores, middle, scale)
         build = partial(forward_launch, x, mixed, lse, keys_are_values=True)
-        start(
+        start_kernel(
             ("external_forward", x.key()),
             {**x.tensors(), "out": mixed, "lse": lse},
             lambda: (build(tile=tile) for tile in smaller_tiles(x.tile("external_forward"))),
@@ -212,7 +212,7 @@ def _backward(
         start_backward_queries(x, upstream, grad_scores, key=key, keys_are_values=True)
         middle = middle.contiguous()
         build = partial(external_backward_keys_launch, x, upstream, middle, grad_middle)
-        start(
+        start_kernel(
             ("external_backward_keys", key, middle.dtype),
             {**x.tensors(), **upstream.tensors(), "logits": middle, "grad_logits": grad_middle},
             lambda: (build(tile=tile) for tile in smaller_tiles(x.tile("external_backward_keys"))),
@@ -231,7 +231,7 @@ def external_operands(scores: Tensor, middle: Tensor, scale: float) -> Operands:
     middle = middle.contiguous()
     key = "class_probabilities", middle.shape, middle.dtype, probabilities.dtype
     tensors = {"logits": middle, "probabilities": probabilities}
-    start(key, tensors, lambda: [probabilities_launch(middle, probabilities)])
+    start_kernel(key, tensors, lambda: [probabilities_launch(middle, probabilities)])
     padded = padded_rows(scores, padded_width(width))
     return Operands(padded, probabilities, probabilities, width, width, scale)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -110,6 +109,8 @@ class _Answers:
 
 def _question(launch: Launch) -> str:
     """All that the compiler's answer depends on."""
-    dtypes = ",".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in launch.tensors.values()}))
+    dtypes = ",".join(
+        sorted({str(tensor.dtype).removeprefix("torch.") for tensor in launch.tensors.values()})
+    )
     constants = ",".join(f"{name}={value}" for name, value in sorted(launch.constants.items()))
     return f"{launch.name} {dtypes} {constants}, {launch.tile}"

@@ -186,6 +186,10 @@ def padded_rows(matrix_BNW: Tensor, width: int) -> Tensor:
     if real < width:
         return F.pad(matrix_BNW, (0, width - real))
     batch_stride, row_stride, stride = matrix_BNW.stride()
-    if stride == 1 and not (row_stride | batch_stride) % ALIGNED and not matrix_BNW.data_ptr() % ALIGNED_BYTES:
+    if (
+        stride == 1
+        and not (row_stride | batch_stride) % ALIGNED
+        and not matrix_BNW.data_ptr() % ALIGNED_BYTES
+    ):
         return matrix_BNW
     return matrix_BNW.clone(memory_format=torch.contiguous_format)

@@ -30,8 +30,8 @@ def define_gradient(
 ) -> Callable[..., Any]:
     """Give an operator of tensors and a last number, with outputs (result, log-sum-exp), its gradient.
 
-    backward: of the input tensors, the two outputs, the result's gradient and the number; gives the gradients of
-    the input tensors. The log-sum-exp has none.
+    backward: of the input tensors, the two outputs, the result's gradient and the number; gives the gradients
+    of the input tensors. The log-sum-exp has none.
     """
 
     class WithGradient(torch.autograd.Function):

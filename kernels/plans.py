@@ -1,7 +1,7 @@
 """Start kernels at little cost to the host.
 
-The first call of its kind settles a `Plan`: the tile, the compiled kernel and every number that it takes. Later
-calls hand over tensors only; everything that a launch is otherwise made of costs more than a small kernel runs.
+The first call of its kind settles a `Plan`: the tile, the compiled kernel and every number that it takes.
+Later calls hand over tensors only; to make all the rest anew takes longer than a small kernel runs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ _plans: dict[Hashable, Plan] = {}
 _HERE = contextlib.nullcontext()
 
 
-def start(key: Hashable, tensors: Mapping[str, Tensor], candidates: Callable[[], Iterable[Launch]]) -> None:
+def start_kernel(
+    key: Hashable, tensors: Mapping[str, Tensor], candidates: Callable[[], Iterable[Launch]]
+) -> None:
     """Run a kernel on these tensors.
 
     key: all that decides the numbers, constants and tiles, such as shapes, strides, dtype and scale.

@@ -29,8 +29,9 @@ from segdeformer.errors import UserError
 
 WIDTHS = (64, 128, 192, 256, 512)  # classes of the default tiles: the wider of keys and values, rounded up
 LARGEST_WIDTH = WIDTHS[-1]
-# Widest keys or values whose backward makes P and dS on chip, three times over; wider ones write both, a chunk
-# of queries at a time, for matrix products. On Hopper 256 columns leave its wide instructions too few registers.
+# Widest keys or values whose backward makes P and dS on chip, three times over; wider ones write both, a
+# chunk of queries at a time, for matrix products. On Hopper 256 columns leave its wide instructions too few
+# registers.
 WIDEST_FUSED_BACKWARD = 256
 FUSED_BACKWARD_BY_DEFAULT = {"sm_90": 192}
 TUNED = Path(__file__).parent / "tuned"

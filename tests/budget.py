@@ -37,8 +37,8 @@ def assert_values_and_gradients_no_worse(ours, reference, inputs, upstream):
 def assert_small_gradients_no_worse(ours, reference, inputs, upstream, *, power):
     """`upstream` is too small for half precision's products; the yardstick meets it times 2^power, exactly.
 
-    Row by row, relative to the row: gradients this small would pass any budget with an absolute term. Both are
-    rounded to the dtype at the end, where the smallest numbers lose their last bits whatever is done.
+    Row by row, relative to the row: gradients this small would pass any budget with an absolute term. Both
+    are rounded to the dtype at the end, where the smallest numbers lose their last bits whatever is done.
     """
 
     def gradients(function, convert, factor):
@@ -51,7 +51,10 @@ def assert_small_gradients_no_worse(ours, reference, inputs, upstream, *, power)
     mine = gradients(ours, torch.clone, 1)
     yardstick = gradients(reference, torch.clone, 2.0**power)
     for own, eager, oracle in zip(mine, yardstick, exact, strict=True):
-        error, allowed = worst_row_error(own, oracle), largest_allowed(worst_row_error(eager, oracle), own.dtype)
+        error, allowed = (
+            worst_row_error(own, oracle),
+            largest_allowed(worst_row_error(eager, oracle), own.dtype),
+        )
         assert error <= allowed, (error, allowed)
 
 

@@ -109,7 +109,9 @@ def test_a_damaged_file_or_one_that_cannot_be_written_only_costs_time(cache, mon
 
 
 def test_where_nothing_fits_the_error_is_about_the_wanted_tile_in_one_line(cache):
-    with pytest.raises(KernelError, match=r"kernel failed .*tensor memory, Required: 700.*64x64.*--impl") as e:
+    with pytest.raises(
+        KernelError, match=r"kernel failed .*tensor memory, Required: 700.*64x64.*--impl"
+    ) as e:
         first_fitting(fakes(700, 600), CPU)
     assert "\n" not in str(e.value)
 

@@ -85,7 +85,9 @@ def test_a_backward_in_chunks_gives_the_same_gradients(monkeypatch, form, d, e, 
     assert_values_and_gradients_no_worse(triton_attention(d**-0.5), textbook(d**-0.5), inputs, upstream)
 
 
-@pytest.mark.parametrize(("form", "size"), [("fused", 1.0), ("fused", 1e-2), ("fused", 1e-5), ("chunks", 1e-3)])
+@pytest.mark.parametrize(
+    ("form", "size"), [("fused", 1.0), ("fused", 1e-2), ("fused", 1e-5), ("chunks", 1e-3)]
+)
 def test_small_float16_gradients_lose_no_more_than_large_ones(monkeypatch, form, size):
     """2000 probabilities times a small gradient are below float16's range."""
     monkeypatch.setattr(attention_triton, "backward_form", lambda queries, values: form)
@@ -100,7 +102,14 @@ def test_small_float16_gradients_lose_no_more_than_large_ones(monkeypatch, form,
 
 
 def test_a_gradient_is_raised_by_a_power_of_two_and_never_lowered():
-    for largest, factor in [(0.0, 2.0), (1.0, 1.0), (0.75, 2.0), (2.0**-10, 2.0**10), (2.0**-20, 2.0**15), (900.0, 1.0)]:
+    for largest, factor in [
+        (0.0, 2.0),
+        (1.0, 1.0),
+        (0.75, 2.0),
+        (2.0**-10, 2.0**10),
+        (2.0**-20, 2.0**15),
+        (900.0, 1.0),
+    ]:
         given = torch.tensor([[largest, -largest / 2]], dtype=torch.float16, device=DEVICE)
         gradient, unit = attention_launches.raised(given)
         assert torch.equal(gradient.double(), given.double() * factor), largest

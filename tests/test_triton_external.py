@@ -155,7 +155,7 @@ def test_a_scale_that_is_not_positive_takes_the_general_kernel():
 
 
 def test_the_polynomial_of_two_to_the_x_is_a_fraction_of_bfloat16s_rounding():
-    """By the same steps as the PTX, in float32: round to the nearest integer, a cubic, add to the exponent."""
+    """By the steps of the PTX, in float32: round to the nearest integer, a cubic, add to the exponent."""
     rounder, (c3, c2, c1) = np.float32(1.5 * 2**23), map(np.float32, CUBIC)
     x = np.linspace(-120, 0, 400_001, dtype=np.float32)
     whole = x + rounder
