@@ -1,11 +1,33 @@
 """Triton kernels that look at upsampled logits without storing them.
 
 Each program makes its pixels from the four low-resolution neighbours, a block of classes at a time.
-Positions and weights come from tables in memory, made in float64 (see upsample_launches.py).
+Positions and weights are found in integers (see rows.py), in 64 bits where WIDE says that 32 are too few.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def source_of(places, source, target, WIDE: tl.constexpr):
+    """Near and far source place of these output places, and the far one's weight, rounded once."""
+    if WIDE:
+        places = places.to(tl.int64)
+    numerators = tl.maximum((2 * places + 1) * source - target, 0)
+    near = numerators // (2 * target)
+    rest = (numerators - near * (2 * target)).to(tl.float32)
+    near = near.to(tl.int32)
+    return near, tl.minimum(near + 1, source - 1), tl.div_rn(rest, 2.0 * target)
+
+
+@triton.jit
+def first_fed(place, source, target, WIDE: tl.constexpr):
+    """The first output place whose near source place is this one or lies behind it; 0 up to the first."""
+    if WIDE:
+        place = place.to(tl.int64)
+    numerator = tl.maximum((2 * place + 1) * target - source, 0)
+    fed = tl.minimum((numerator + 2 * source - 1) // (2 * source), target)
+    return tl.where(place > 0, fed, 0).to(tl.int32)
 
 
 @triton.jit
@@ -49,23 +71,20 @@ def upsampled_loss(
     labels,
     class_weights,
     weight_sum,
-    near_rows,
-    far_rows,
-    row_weights,
-    near_columns,
-    far_columns,
-    column_weights,
     lse,
     losses,
     num_classes,
     height,
     width,
+    map_height,
+    map_width,
     batch_stride,
     class_stride,
     row_stride,
     column_stride,
     ignore_index,
     smoothing,
+    WIDE: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SMOOTHED: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
@@ -78,11 +97,8 @@ def upsampled_loss(
     exists = columns < width
     place = (batch * height + row) * width + columns
     label = tl.load(labels + place, mask=exists, other=ignore_index).to(tl.int64)
-    near_row, far_row = tl.load(near_rows + row), tl.load(far_rows + row)
-    row_weight = tl.load(row_weights + row)
-    near_column = tl.load(near_columns + columns, mask=exists, other=0)
-    far_column = tl.load(far_columns + columns, mask=exists, other=0)
-    column_weight = tl.load(column_weights + columns, mask=exists, other=0.0)
+    near_row, far_row, row_weight = source_of(row, map_height, height, WIDE)
+    near_column, far_column, column_weight = source_of(columns, map_width, width, WIDE)
     logits += batch * batch_stride
 
     highest = tl.full([BLOCK_PIXELS], -float("inf"), tl.float32)
@@ -142,16 +158,6 @@ def upsampled_loss_gradient(
     labels,
     class_weights,
     weight_sum,
-    near_rows,
-    far_rows,
-    row_weights,
-    near_columns,
-    far_columns,
-    column_weights,
-    first_rows,
-    last_rows,
-    first_columns,
-    last_columns,
     lse,
     factor,
     grad_logits,
@@ -170,6 +176,7 @@ def upsampled_loss_gradient(
     grad_column_stride,
     ignore_index,
     smoothing,
+    WIDE: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SMOOTHED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -197,11 +204,13 @@ def upsampled_loss_gradient(
         mass = tl.load(weight_sum)
 
     total = tl.zeros([BLOCK_COLUMNS, BLOCK_CLASSES], tl.float32)
-    left = tl.load(first_columns + first)
-    right = tl.load(last_columns + tl.minimum(first + BLOCK_COLUMNS, map_width) - 1)
-    for row in tl.range(tl.load(first_rows + own_row), tl.load(last_rows + own_row)):
-        near_row, far_row = tl.load(near_rows + row), tl.load(far_rows + row)
-        row_weight = tl.load(row_weights + row)
+    # What is near to the place before has this one as its far one.
+    top = first_fed(own_row - 1, map_height, height, WIDE)
+    bottom = first_fed(own_row + 1, map_height, height, WIDE)
+    left = first_fed(first - 1, map_width, width, WIDE)
+    right = first_fed(tl.minimum(first + BLOCK_COLUMNS, map_width), map_width, width, WIDE)
+    for row in tl.range(top, bottom):
+        near_row, far_row, row_weight = source_of(row, map_height, height, WIDE)
         share_of_row = tl.where(near_row == own_row, 1.0 - row_weight, 0.0)
         share_of_row += tl.where(far_row == own_row, row_weight, 0.0)
         for start in tl.range(left, right, BLOCK_PIXELS):
@@ -209,9 +218,7 @@ def upsampled_loss_gradient(
             exists = columns < right
             place = (batch * height + row) * width + columns
             label = tl.load(labels + place, mask=exists, other=ignore_index).to(tl.int64)
-            near_column = tl.load(near_columns + columns, mask=exists, other=0)
-            far_column = tl.load(far_columns + columns, mask=exists, other=0)
-            column_weight = tl.load(column_weights + columns, mask=exists, other=0.0)
+            near_column, far_column, column_weight = source_of(columns, map_width, width, WIDE)
             values = upsampled_tile(
                 logits,
                 near_row,
@@ -254,21 +261,18 @@ def upsampled_loss_gradient(
 @triton.jit
 def upsampled_argmax(
     logits,
-    near_rows,
-    far_rows,
-    row_weights,
-    near_columns,
-    far_columns,
-    column_weights,
     ids,
     confidence,
     num_classes,
     height,
     width,
+    map_height,
+    map_width,
     batch_stride,
     class_stride,
     row_stride,
     column_stride,
+    WIDE: tl.constexpr,
     CONFIDENT: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
@@ -278,11 +282,8 @@ def upsampled_argmax(
     batch = tl.program_id(2).to(tl.int64)
     columns = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
     exists = columns < width
-    near_row, far_row = tl.load(near_rows + row), tl.load(far_rows + row)
-    row_weight = tl.load(row_weights + row)
-    near_column = tl.load(near_columns + columns, mask=exists, other=0)
-    far_column = tl.load(far_columns + columns, mask=exists, other=0)
-    column_weight = tl.load(column_weights + columns, mask=exists, other=0.0)
+    near_row, far_row, row_weight = source_of(row, map_height, height, WIDE)
+    near_column, far_column, column_weight = source_of(columns, map_width, width, WIDE)
     logits += batch * batch_stride
 
     highest = tl.full([BLOCK_PIXELS], -float("inf"), tl.float32)
