@@ -1,8 +1,8 @@
 """Bilinear resizing (align_corners=False) of some output rows. B batch, K channels, hw map, HW output.
 
-Output row i of H lies at ((2 i + 1) h - H) / (2 H) of the source's h, at least 0. The integers' quotient is the
-row before it, their remainder the weight of the one behind: exact, and the same on the host, in tensors here
-and in the kernels of upsample_triton.py.
+Output row i of H lies at ((2 i + 1) h - H) / (2 H) of the source's h rows, at least 0. The quotient of these
+integers is the row before it, the remainder the weight of the one behind: exact, and the same on the host, in
+tensors here and in the kernels of upsample_triton.py.
 """
 
 from __future__ import annotations

@@ -9,15 +9,35 @@ import triton.language as tl
 
 
 @triton.jit
-def source_of(places, source, target, WIDE: tl.constexpr):
-    """Near and far source place of these output places, and the far one's weight, rounded once."""
+def source_position(places, source, target, WIDE: tl.constexpr):
+    """Where these output places lie in the source, an integer in steps of 1 / (2 target)."""
     if WIDE:
         places = places.to(tl.int64)
-    numerators = tl.maximum((2 * places + 1) * source - target, 0)
-    near = numerators // (2 * target)
-    rest = (numerators - near * (2 * target)).to(tl.float32)
+    return tl.maximum((2 * places + 1) * source - target, 0)
+
+
+@triton.jit
+def neighbours(position, source, target):
+    """Near and far source place of a position, exact, and the far one's weight."""
+    inverse = 1.0 / (2.0 * target)
+    # Division of integers would take many registers. Up to a million places this is 1 off at most.
+    near = (position.to(tl.float32) * inverse).to(position.dtype)
+    rest = position - near * (2 * target)
+    near += tl.where(rest < 0, -1, tl.where(rest < 2 * target, 0, 1))
+    weight = (position - near * (2 * target)).to(tl.float32) * inverse
     near = near.to(tl.int32)
-    return near, tl.minimum(near + 1, source - 1), tl.div_rn(rest, 2.0 * target)
+    return near, tl.minimum(near + 1, source - 1), weight
+
+
+@triton.jit
+def share_of(own, position, source, target, WIDE: tl.constexpr):
+    """What a source place gives to an output position: the tent 1 - |distance|, level behind the last one."""
+    place = own
+    if WIDE:
+        place = own.to(tl.int64)
+    distance = position - place * (2 * target)
+    distance = tl.where(own == source - 1, tl.minimum(distance, 0), distance)
+    return tl.maximum(1.0 - tl.abs(distance).to(tl.float32) * (1.0 / (2.0 * target)), 0.0)
 
 
 @triton.jit
@@ -97,8 +117,10 @@ def upsampled_loss(
     exists = columns < width
     place = (batch * height + row) * width + columns
     label = tl.load(labels + place, mask=exists, other=ignore_index).to(tl.int64)
-    near_row, far_row, row_weight = source_of(row, map_height, height, WIDE)
-    near_column, far_column, column_weight = source_of(columns, map_width, width, WIDE)
+    row_position = source_position(row, map_height, height, WIDE)
+    near_row, far_row, row_weight = neighbours(row_position, map_height, height)
+    position = source_position(columns, map_width, width, WIDE)
+    near_column, far_column, column_weight = neighbours(position, map_width, width)
     logits += batch * batch_stride
 
     highest = tl.full([BLOCK_PIXELS], -float("inf"), tl.float32)
@@ -210,15 +232,16 @@ def upsampled_loss_gradient(
     left = first_fed(first - 1, map_width, width, WIDE)
     right = first_fed(tl.minimum(first + BLOCK_COLUMNS, map_width), map_width, width, WIDE)
     for row in tl.range(top, bottom):
-        near_row, far_row, row_weight = source_of(row, map_height, height, WIDE)
-        share_of_row = tl.where(near_row == own_row, 1.0 - row_weight, 0.0)
-        share_of_row += tl.where(far_row == own_row, row_weight, 0.0)
+        row_position = source_position(row, map_height, height, WIDE)
+        near_row, far_row, row_weight = neighbours(row_position, map_height, height)
+        row_share = share_of(own_row, row_position, map_height, height, WIDE)
         for start in tl.range(left, right, BLOCK_PIXELS):
             columns = start + tl.arange(0, BLOCK_PIXELS)
             exists = columns < right
             place = (batch * height + row) * width + columns
             label = tl.load(labels + place, mask=exists, other=ignore_index).to(tl.int64)
-            near_column, far_column, column_weight = source_of(columns, map_width, width, WIDE)
+            position = source_position(columns, map_width, width, WIDE)
+            near_column, far_column, column_weight = neighbours(position, map_width, width)
             values = upsampled_tile(
                 logits,
                 near_row,
@@ -247,10 +270,9 @@ def upsampled_loss_gradient(
                 slopes = (1.0 - smoothing) * slopes + smoothing / num_classes * tl.where(
                     valid[:, None], even, 0.0
                 )
-            near_share = tl.where(near_column[None, :] == own[:, None], 1.0 - column_weight[None, :], 0.0)
-            far_share = tl.where(far_column[None, :] == own[:, None], column_weight[None, :], 0.0)
-            tent = tl.where(exists[None, :], (near_share + far_share) * share_of_row, 0.0)
-            total = tl.dot(tent, slopes, total, input_precision=PRECISION)
+            shares_of_row = share_of(own[:, None], position[None, :], map_width, width, WIDE) * row_share
+            shares_of_row = tl.where(exists[None, :], shares_of_row, 0.0)
+            total = tl.dot(shares_of_row, slopes, total, input_precision=PRECISION)
 
     places = own[:, None] * grad_column_stride + block[None, :] * grad_class_stride
     total *= tl.load(factor)
@@ -282,8 +304,10 @@ def upsampled_argmax(
     batch = tl.program_id(2).to(tl.int64)
     columns = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
     exists = columns < width
-    near_row, far_row, row_weight = source_of(row, map_height, height, WIDE)
-    near_column, far_column, column_weight = source_of(columns, map_width, width, WIDE)
+    row_position = source_position(row, map_height, height, WIDE)
+    near_row, far_row, row_weight = neighbours(row_position, map_height, height)
+    position = source_position(columns, map_width, width, WIDE)
+    near_column, far_column, column_weight = neighbours(position, map_width, width)
     logits += batch * batch_stride
 
     highest = tl.full([BLOCK_PIXELS], -float("inf"), tl.float32)

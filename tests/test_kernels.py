@@ -8,7 +8,7 @@ from budget import assert_no_worse, random
 from segdeformer.kernels.attention import attention, attention_reference
 from segdeformer.kernels.attention_blocks import attention_blocks
 from segdeformer.kernels.external_attention import external_attention, external_attention_reference
-from segdeformer.kernels.rows import mix_rows, source_range, source_rows
+from segdeformer.kernels.rows import mix_rows, source_rows
 from segdeformer.kernels.upsample_cross_entropy import upsample_cross_entropy
 
 SIZES = [(1, 1, 19, 19), (17, 63, 32, 32), (200, 17, 64, 19), (63, 200, 19, 64), (128, 1, 150, 32)]
