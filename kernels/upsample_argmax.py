@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segdeformer.kernels.impl import Impl, choose_upsampling
-from segdeformer.kernels.rows import strip_rows, upsample_rows
+from segdeformer.kernels.rows import mix_rows, source_rows, strip_rows
+
+CHUNK_PIXELS = 2**18, 2**24  # counted at once on a CPU, whose cache holds them, and on a GPU
 
 
 class Winners(NamedTuple):
@@ -59,8 +61,8 @@ def upsample_confusion(
 ) -> Winners:
     """Add to `matrix_KK` (int64, rows: labels, columns: winners) how often each pair occurs.
 
-    Counted on the logits' device: no map leaves it. Pixels with ignored or other labels do not
-    count. Returns the winners. Raises `ValueError` when shapes do not belong together.
+    Counted on the logits' device: no map leaves it, and nobody waits for it. Pixels with ignored or other
+    labels do not count. Returns the winners. Raises `ValueError` when shapes do not belong together.
     """
     num_classes = logits_BKhw.shape[1]
     if labels_BHW.ndim != 3 or labels_BHW.shape[0] != logits_BKhw.shape[0]:
@@ -82,11 +84,30 @@ def upsample_confusion(
 def add_confusion(matrix_KK: Tensor, labels: Tensor, ids: Tensor, *, ignore_index: int = 255) -> None:
     """Count the pairs of two maps of one shape, on their device."""
     num_classes = matrix_KK.shape[0]
-    labels = labels.long()
-    known = (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
-    pairs = (labels * num_classes + ids).where(known, num_classes**2)  # the last bin is dropped
-    counts = torch.bincount(pairs.flatten(), minlength=num_classes**2 + 1)[:-1]
-    matrix_KK += counts.view(num_classes, num_classes)
+    on_cpu = labels.device.type == "cpu"
+    chunk = CHUNK_PIXELS[not on_cpu]
+    for labels_n, ids_n in zip(labels.flatten().split(chunk), ids.flatten().split(chunk), strict=True):
+        labels_n = labels_n.long()
+        known_n = (labels_n != ignore_index) & (labels_n >= 0) & (labels_n < num_classes)
+        pairs_n = (labels_n * num_classes + ids_n).where(known_n, num_classes**2)
+        counts = count_on_cpu(pairs_n, num_classes**2) if on_cpu else count_on_gpu(pairs_n, num_classes**2)
+        matrix_KK += counts.view(num_classes, num_classes)
+
+
+def count_on_cpu(values_n: Tensor, end: int) -> Tensor:
+    """How often each of the integers [0, end) occurs; `end` itself is dropped."""
+    return torch.bincount(values_n, minlength=end + 1)[:-1]
+
+
+def count_on_gpu(values_n: Tensor, end: int) -> Tensor:
+    """The same without a look at the values, for which `bincount` waits twice.
+
+    By sorting: sums by index into a few busy places take their turns, and where PyTorch is asked to be
+    deterministic they are made in one warp per place.
+    """
+    sorted_n = values_n.int().sort().values
+    edges = torch.arange(end + 1, dtype=torch.int32, device=values_n.device)
+    return torch.searchsorted(sorted_n, edges).diff()
 
 
 def id_dtype(num_classes: int) -> torch.dtype:
@@ -109,11 +130,12 @@ def _upsample_argmax_strips(
 ) -> tuple[Tensor, Tensor]:
     ids_BHW, confidence_BHW = empty_winners(logits, height, width, confidence)
     rows = strip_rows(logits.shape[1] * width)
+    source = source_rows(logits.shape[2], height, device=logits.device)
     for b in range(logits.shape[0]):
         map_1Khw = logits[b : b + 1].to(torch.promote_types(logits.dtype, torch.float32))
         for top in range(0, height, rows):
             strip = slice(top, min(top + rows, height))
-            full_KrW = upsample_rows(map_1Khw, (height, width), strip.start, strip.stop)[0]
+            full_KrW = mix_rows(map_1Khw, source.between(strip.start, strip.stop), width)[0]
             ids_BHW[b, strip] = full_KrW.argmax(dim=0)
             if confidence:
                 confidence_BHW[b, strip] = (full_KrW.amax(dim=0) - full_KrW.logsumexp(dim=0)).exp()

@@ -131,7 +131,7 @@ def loss_weight(
     The loss of several batches as one is the mean of theirs, weighted by this.
     """
     if average == "all":
-        return torch.tensor(labels_BHW.numel(), device=labels_BHW.device)
+        return torch.full((), labels_BHW.numel(), device=labels_BHW.device)
     valid_BHW = labels_BHW != ignore_index
     if class_weights_K is None:
         return valid_BHW.sum()

@@ -5,7 +5,6 @@ B batch, K classes, hw map, HW output.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,6 @@ import triton
 from torch import Tensor
 
 from segdeformer.kernels.launch import Launch, check_operands, dot_precision
-from segdeformer.kernels.rows import source_rows
 from segdeformer.kernels.tiles import Tile
 from segdeformer.kernels.upsample_argmax import empty_winners
 from segdeformer.kernels.upsample_triton import (
@@ -26,28 +24,6 @@ TILE = Tile(32, 32, 4, 1)  # pixels x classes: no spills, and room for many prog
 GRADIENT_COLUMNS = 16  # low-resolution places of a program
 
 
-class Taps(NamedTuple):
-    """Where each output position takes from and each source position goes to, on the device."""
-
-    near: Tensor  # int32, per output position
-    far: Tensor
-    weights: Tensor  # float32, of the far one
-    first: Tensor  # int32, per source position: the first output position that takes from it
-    last: Tensor  # one past the last
-
-
-@functools.lru_cache(maxsize=64)
-def resize_taps(source: int, target: int, device: torch.device) -> Taps:
-    """The taps of a bilinear resize, align_corners=False, found in float64."""
-    rows = source_rows(source, target, 0, target, device="cpu")
-    places = torch.arange(source, device="cpu")
-    begins = torch.searchsorted(rows.near_r, places)
-    ends = torch.searchsorted(rows.near_r, places, right=True)
-    first = torch.cat([begins[:1], begins[:-1]])  # what is near to the place before has this one as far
-    tables = (rows.near_r.int(), rows.far_r.int(), rows.far_weight_r, first.int(), ends.int())
-    return Taps(*(table.to(device) for table in tables))
-
-
 class Upsampling(NamedTuple):
     """Logits, the output's size, and what all kernels need of both."""
 
@@ -55,36 +31,28 @@ class Upsampling(NamedTuple):
     height: int
     width: int
 
-    @property
-    def rows(self) -> Taps:
-        return resize_taps(self.logits.shape[2], self.height, self.logits.device)
-
-    @property
-    def columns(self) -> Taps:
-        return resize_taps(self.logits.shape[3], self.width, self.logits.device)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {
-            "logits": self.logits,
-            "near_rows": self.rows.near,
-            "far_rows": self.rows.far,
-            "row_weights": self.rows.weights,
-            "near_columns": self.columns.near,
-            "far_columns": self.columns.far,
-            "column_weights": self.columns.weights,
-        }
-
     def numbers(self) -> dict[str, int | float]:
         batch_stride, class_stride, row_stride, column_stride = self.logits.stride()
         return {
             "num_classes": self.logits.shape[1],
             "height": self.height,
             "width": self.width,
+            "map_height": self.logits.shape[2],
+            "map_width": self.logits.shape[3],
             "batch_stride": batch_stride,
             "class_stride": class_stride,
             "row_stride": row_stride,
             "column_stride": column_stride,
         }
+
+    def constants(self, tile: Tile) -> dict[str, int | str | bool]:
+        sides = zip(self.logits.shape[2:], (self.height, self.width), strict=True)
+        # The largest number that finding a position takes, at the end of the last block.
+        wide = any(2 * (s + 1) * (t + tile.block_queries + 1) >= 2**31 for s, t in sides)
+        return {"WIDE": wide, "BLOCK_PIXELS": tile.block_queries, "BLOCK_CLASSES": self.block_classes(tile)}
+
+    def block_classes(self, tile: Tile) -> int:
+        return min(tile.block_keys, max(16, triton.next_power_of_2(self.logits.shape[1])))
 
     def grid(self, tile: Tile) -> tuple[int, int, int]:
         return triton.cdiv(self.width, tile.block_queries), self.height, self.logits.shape[0]
@@ -120,9 +88,9 @@ def loss_launch(
     return Launch(
         upsampled_loss,
         up.grid(tile),
-        {**up.tensors(), **terms.tensors(), "lse": lse, "losses": losses},
+        {"logits": up.logits, **terms.tensors(), "lse": lse, "losses": losses},
         {**up.numbers(), **terms.numbers()},
-        {**terms.constants(), "BLOCK_PIXELS": tile.block_queries, "BLOCK_CLASSES": _classes(up, tile)},
+        {**up.constants(tile), **terms.constants()},
         tile,
     )
 
@@ -138,17 +106,13 @@ def gradient_launch(
 ) -> Launch:
     """The gradient of the summed loss times a number on the device."""
     batch, num_classes, map_height, map_width = up.logits.shape
-    class_blocks = triton.cdiv(num_classes, _classes(up, tile))
+    class_blocks = triton.cdiv(num_classes, up.block_classes(tile))
     return Launch(
         upsampled_loss_gradient,
         (triton.cdiv(map_width, GRADIENT_COLUMNS), map_height, batch * class_blocks),
         {
-            **up.tensors(),
+            "logits": up.logits,
             **terms.tensors(),
-            "first_rows": up.rows.first,
-            "last_rows": up.rows.last,
-            "first_columns": up.columns.first,
-            "last_columns": up.columns.last,
             "lse": lse,
             "factor": factor,
             "grad_logits": grad_logits,
@@ -156,20 +120,17 @@ def gradient_launch(
         {
             **up.numbers(),
             **terms.numbers(),
-            "map_height": map_height,
-            "map_width": map_width,
             "grad_batch_stride": grad_logits.stride(0),
             "grad_class_stride": grad_logits.stride(1),
             "grad_row_stride": grad_logits.stride(2),
             "grad_column_stride": grad_logits.stride(3),
         },
         {
+            **up.constants(tile),
             **terms.constants(),
             # Of half-precision logits, sums in tf32 lose nothing that was there.
             "PRECISION": dot_precision(torch.float32, tf32=up.logits.dtype != torch.float32),
             "BLOCK_COLUMNS": GRADIENT_COLUMNS,
-            "BLOCK_PIXELS": tile.block_queries,
-            "BLOCK_CLASSES": _classes(up, tile),
         },
         tile,
     )
@@ -180,19 +141,11 @@ def argmax_launch(up: Upsampling, ids: Tensor, confidence: Tensor | None, *, til
     return Launch(
         upsampled_argmax,
         up.grid(tile),
-        {**up.tensors(), "ids": ids, "confidence": ids if confidence is None else confidence},
+        {"logits": up.logits, "ids": ids, "confidence": ids if confidence is None else confidence},
         up.numbers(),
-        {
-            "CONFIDENT": confidence is not None,
-            "BLOCK_PIXELS": tile.block_queries,
-            "BLOCK_CLASSES": _classes(up, tile),
-        },
+        {**up.constants(tile), "CONFIDENT": confidence is not None},
         tile,
     )
-
-
-def _classes(up: Upsampling, tile: Tile) -> int:
-    return min(tile.block_keys, max(16, triton.next_power_of_2(up.logits.shape[1])))
 
 
 @torch.library.custom_op("segdeformer::upsample_loss", mutates_args=())

@@ -6,11 +6,13 @@ B batch, K classes, hw map, HW labels, r rows of a strip.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segdeformer.kernels.rows import SourceRows, source_rows
+from segdeformer.kernels.rows import SourceRows, source_range, source_rows
 
 # What stays in a processor's cache between the passes over a strip; elsewhere enough to fill a GPU.
 CPU_STRIP_BYTES, STRIP_BYTES = 4 * 2**20, 256 * 2**20
@@ -35,24 +37,21 @@ def upsample_loss_strips(
     gradient_BKhw = torch.zeros(shape, dtype=dtype, device=logits.device)
     if not labels.numel():
         return losses_BHW.sum(), losses_BHW, gradient_BKhw
-    columns = _Columns(logits.shape[-1], labels.shape[-1], dtype, logits.device)
     strip_bytes = CPU_STRIP_BYTES if logits.device.type == "cpu" else STRIP_BYTES
     step = max(1, strip_bytes // (4 * logits.shape[1] * labels.shape[-1]))
+    strips = _strips(logits.shape[2], labels.shape[1], step, dtype, logits.device)
+    columns = _Columns(logits.shape[-1], labels.shape[-1], dtype, logits.device)
     with torch.autocast(logits.device.type, enabled=False):
         for b in range(logits.shape[0]):
             map_Khw = logits[b].to(dtype).contiguous()
-            for top in range(0, labels.shape[1], step):
-                rows = slice(top, min(top + step, labels.shape[1]))
-                source = source_rows(
-                    logits.shape[2], labels.shape[1], rows.start, rows.stop, device=logits.device, dtype=dtype
-                )
+            for rows, source, fed, matrix_sr in strips:
                 full_KrW = columns.upsample(_mix(map_Khw, source))
                 labels_rW = labels[b, rows].long()
                 slopes_KrW = _strip_loss(
                     full_KrW, labels_rW, losses_BHW[b, rows], class_weights, ignore_index, label_smoothing
                 )
                 if with_gradient:
-                    _gather_rows(gradient_BKhw[b], columns.gather(slopes_KrW), source)
+                    gradient_BKhw[b, :, fed] += matrix_sr @ columns.gather(slopes_KrW)
     return losses_BHW.sum(dtype=torch.float64).to(dtype), losses_BHW, gradient_BKhw
 
 
@@ -73,19 +72,34 @@ def _(
     )
 
 
+class _Strip(NamedTuple):
+    """What the strips of all images have in common."""
+
+    rows: slice
+    source: SourceRows
+    fed: slice  # the source rows
+    matrix_sr: Tensor  # the resize transposed; adding by index would not be deterministic on a GPU
+
+
+def _strips(
+    source_height: int, height: int, step: int, dtype: torch.dtype, device: torch.device
+) -> list[_Strip]:
+    table = source_rows(source_height, height, device=device, dtype=dtype)
+    strips = []
+    for top in range(0, height, step):
+        bottom = min(top + step, height)
+        source, fed = table.between(top, bottom), source_range(source_height, height, top, bottom)
+        matrix_rs = _resize_matrix(source.shifted(fed.start), len(fed))
+        strips.append(_Strip(slice(top, bottom), source, slice(fed.start, fed.stop), matrix_rs.T))
+    return strips
+
+
 def _mix(map_Khw: Tensor, source: SourceRows) -> Tensor:
     return torch.lerp(
         map_Khw.index_select(1, source.near_r),
         map_Khw.index_select(1, source.far_r),
         source.far_weight_r[:, None],
     )
-
-
-def _gather_rows(gradient_Khw: Tensor, slopes_Krw: Tensor, source: SourceRows) -> None:
-    first, last = int(source.near_r[0]), int(source.far_r[-1]) + 1
-    # By a matrix: adding by index is not deterministic on a GPU.
-    matrix_rs = _tap_matrix(source.shifted(first), last - first)
-    gradient_Khw[:, first:last] += matrix_rs.T @ slopes_Krw
 
 
 def _strip_loss(
@@ -122,11 +136,11 @@ def _strip_loss(
     return slopes_KrW.scatter_add_(0, target_1rW, -hit_rW.unsqueeze(0))
 
 
-def _tap_matrix(taps: SourceRows, source: int) -> Tensor:
+def _resize_matrix(source: SourceRows, num_sources: int) -> Tensor:
     """The resize as a matrix, (outputs, source positions)."""
-    matrix = taps.far_weight_r.new_zeros(taps.near_r.shape[0], source)
-    matrix.scatter_add_(1, taps.near_r[:, None], 1 - taps.far_weight_r[:, None])
-    return matrix.scatter_add_(1, taps.far_r[:, None], taps.far_weight_r[:, None])
+    matrix = source.far_weight_r.new_zeros(source.near_r.shape[0], num_sources)
+    matrix.scatter_add_(1, source.near_r[:, None], 1 - source.far_weight_r[:, None])
+    return matrix.scatter_add_(1, source.far_r[:, None], source.far_weight_r[:, None])
 
 
 class _Columns:
@@ -139,8 +153,7 @@ class _Columns:
         # Its backward on a GPU is not deterministic.
         self.exact = ratio.is_integer() and int(ratio).bit_count() == 1 and device.type == "cpu"
         if not self.exact:
-            taps = source_rows(source, target, 0, target, device=device, dtype=dtype)
-            self.matrix_Ww = _tap_matrix(taps, source)
+            self.matrix_Ww = _resize_matrix(source_rows(source, target, device=device, dtype=dtype), source)
 
     def upsample(self, rows_Krw: Tensor) -> Tensor:
         if not self.exact:

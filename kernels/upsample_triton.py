@@ -1,11 +1,53 @@
 """Triton kernels that look at upsampled logits without storing them.
 
 Each program makes its pixels from the four low-resolution neighbours, a block of classes at a time.
-Positions and weights come from tables in memory, made in float64 (see upsample_launches.py).
+Positions and weights are found in integers (see rows.py), in 64 bits where WIDE says that 32 are too few.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def source_position(places, source, target, WIDE: tl.constexpr):
+    """Where these output places lie in the source, an integer in steps of 1 / (2 target)."""
+    if WIDE:
+        places = places.to(tl.int64)
+    return tl.maximum((2 * places + 1) * source - target, 0)
+
+
+@triton.jit
+def neighbours(position, source, target):
+    """Near and far source place of a position, exact, and the far one's weight."""
+    inverse = 1.0 / (2.0 * target)
+    # Division of integers would take many registers. Up to a million places this is 1 off at most.
+    near = (position.to(tl.float32) * inverse).to(position.dtype)
+    rest = position - near * (2 * target)
+    near += tl.where(rest < 0, -1, tl.where(rest < 2 * target, 0, 1))
+    weight = (position - near * (2 * target)).to(tl.float32) * inverse
+    near = near.to(tl.int32)
+    return near, tl.minimum(near + 1, source - 1), weight
+
+
+@triton.jit
+def share_of(own, position, source, target, WIDE: tl.constexpr):
+    """What a source place gives to an output position: the tent 1 - |distance|, level behind the last one."""
+    place = own
+    if WIDE:
+        place = own.to(tl.int64)
+    distance = position - place * (2 * target)
+    distance = tl.where(own == source - 1, tl.minimum(distance, 0), distance)
+    return tl.maximum(1.0 - tl.abs(distance).to(tl.float32) * (1.0 / (2.0 * target)), 0.0)
+
+
+@triton.jit
+def first_fed(place, source, target, WIDE: tl.constexpr):
+    """The first output place whose near source place is this one or lies behind it; 0 up to the first."""
+    if WIDE:
+        place = place.to(tl.int64)
+    numerator = tl.maximum((2 * place + 1) * target - source, 0)
+    fed = tl.minimum((numerator + 2 * source - 1) // (2 * source), target)
+    return tl.where(place > 0, fed, 0).to(tl.int32)
 
 
 @triton.jit
@@ -49,23 +91,20 @@ def upsampled_loss(
     labels,
     class_weights,
     weight_sum,
-    near_rows,
-    far_rows,
-    row_weights,
-    near_columns,
-    far_columns,
-    column_weights,
     lse,
     losses,
     num_classes,
     height,
     width,
+    map_height,
+    map_width,
     batch_stride,
     class_stride,
     row_stride,
     column_stride,
     ignore_index,
     smoothing,
+    WIDE: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SMOOTHED: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
@@ -78,11 +117,10 @@ def upsampled_loss(
     exists = columns < width
     place = (batch * height + row) * width + columns
     label = tl.load(labels + place, mask=exists, other=ignore_index).to(tl.int64)
-    near_row, far_row = tl.load(near_rows + row), tl.load(far_rows + row)
-    row_weight = tl.load(row_weights + row)
-    near_column = tl.load(near_columns + columns, mask=exists, other=0)
-    far_column = tl.load(far_columns + columns, mask=exists, other=0)
-    column_weight = tl.load(column_weights + columns, mask=exists, other=0.0)
+    row_position = source_position(row, map_height, height, WIDE)
+    near_row, far_row, row_weight = neighbours(row_position, map_height, height)
+    position = source_position(columns, map_width, width, WIDE)
+    near_column, far_column, column_weight = neighbours(position, map_width, width)
     logits += batch * batch_stride
 
     highest = tl.full([BLOCK_PIXELS], -float("inf"), tl.float32)
@@ -142,16 +180,6 @@ def upsampled_loss_gradient(
     labels,
     class_weights,
     weight_sum,
-    near_rows,
-    far_rows,
-    row_weights,
-    near_columns,
-    far_columns,
-    column_weights,
-    first_rows,
-    last_rows,
-    first_columns,
-    last_columns,
     lse,
     factor,
     grad_logits,
@@ -170,6 +198,7 @@ def upsampled_loss_gradient(
     grad_column_stride,
     ignore_index,
     smoothing,
+    WIDE: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SMOOTHED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -197,21 +226,22 @@ def upsampled_loss_gradient(
         mass = tl.load(weight_sum)
 
     total = tl.zeros([BLOCK_COLUMNS, BLOCK_CLASSES], tl.float32)
-    left = tl.load(first_columns + first)
-    right = tl.load(last_columns + tl.minimum(first + BLOCK_COLUMNS, map_width) - 1)
-    for row in tl.range(tl.load(first_rows + own_row), tl.load(last_rows + own_row)):
-        near_row, far_row = tl.load(near_rows + row), tl.load(far_rows + row)
-        row_weight = tl.load(row_weights + row)
-        share_of_row = tl.where(near_row == own_row, 1.0 - row_weight, 0.0)
-        share_of_row += tl.where(far_row == own_row, row_weight, 0.0)
+    # What is near to the place before has this one as its far one.
+    top = first_fed(own_row - 1, map_height, height, WIDE)
+    bottom = first_fed(own_row + 1, map_height, height, WIDE)
+    left = first_fed(first - 1, map_width, width, WIDE)
+    right = first_fed(tl.minimum(first + BLOCK_COLUMNS, map_width), map_width, width, WIDE)
+    for row in tl.range(top, bottom):
+        row_position = source_position(row, map_height, height, WIDE)
+        near_row, far_row, row_weight = neighbours(row_position, map_height, height)
+        row_share = share_of(own_row, row_position, map_height, height, WIDE)
         for start in tl.range(left, right, BLOCK_PIXELS):
             columns = start + tl.arange(0, BLOCK_PIXELS)
             exists = columns < right
             place = (batch * height + row) * width + columns
             label = tl.load(labels + place, mask=exists, other=ignore_index).to(tl.int64)
-            near_column = tl.load(near_columns + columns, mask=exists, other=0)
-            far_column = tl.load(far_columns + columns, mask=exists, other=0)
-            column_weight = tl.load(column_weights + columns, mask=exists, other=0.0)
+            position = source_position(columns, map_width, width, WIDE)
+            near_column, far_column, column_weight = neighbours(position, map_width, width)
             values = upsampled_tile(
                 logits,
                 near_row,
@@ -240,10 +270,9 @@ def upsampled_loss_gradient(
                 slopes = (1.0 - smoothing) * slopes + smoothing / num_classes * tl.where(
                     valid[:, None], even, 0.0
                 )
-            near_share = tl.where(near_column[None, :] == own[:, None], 1.0 - column_weight[None, :], 0.0)
-            far_share = tl.where(far_column[None, :] == own[:, None], column_weight[None, :], 0.0)
-            tent = tl.where(exists[None, :], (near_share + far_share) * share_of_row, 0.0)
-            total = tl.dot(tent, slopes, total, input_precision=PRECISION)
+            shares_of_row = share_of(own[:, None], position[None, :], map_width, width, WIDE) * row_share
+            shares_of_row = tl.where(exists[None, :], shares_of_row, 0.0)
+            total = tl.dot(shares_of_row, slopes, total, input_precision=PRECISION)
 
     places = own[:, None] * grad_column_stride + block[None, :] * grad_class_stride
     total *= tl.load(factor)
@@ -254,21 +283,18 @@ def upsampled_loss_gradient(
 @triton.jit
 def upsampled_argmax(
     logits,
-    near_rows,
-    far_rows,
-    row_weights,
-    near_columns,
-    far_columns,
-    column_weights,
     ids,
     confidence,
     num_classes,
     height,
     width,
+    map_height,
+    map_width,
     batch_stride,
     class_stride,
     row_stride,
     column_stride,
+    WIDE: tl.constexpr,
     CONFIDENT: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
@@ -278,11 +304,10 @@ def upsampled_argmax(
     batch = tl.program_id(2).to(tl.int64)
     columns = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
     exists = columns < width
-    near_row, far_row = tl.load(near_rows + row), tl.load(far_rows + row)
-    row_weight = tl.load(row_weights + row)
-    near_column = tl.load(near_columns + columns, mask=exists, other=0)
-    far_column = tl.load(far_columns + columns, mask=exists, other=0)
-    column_weight = tl.load(column_weights + columns, mask=exists, other=0.0)
+    row_position = source_position(row, map_height, height, WIDE)
+    near_row, far_row, row_weight = neighbours(row_position, map_height, height)
+    position = source_position(columns, map_width, width, WIDE)
+    near_column, far_column, column_weight = neighbours(position, map_width, width)
     logits += batch * batch_stride
 
     highest = tl.full([BLOCK_PIXELS], -float("inf"), tl.float32)

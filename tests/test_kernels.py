@@ -8,7 +8,7 @@ from budget import assert_no_worse, random
 from segdeformer.kernels.attention import attention, attention_reference
 from segdeformer.kernels.attention_blocks import attention_blocks
 from segdeformer.kernels.external_attention import external_attention, external_attention_reference
-from segdeformer.kernels.rows import upsample_rows
+from segdeformer.kernels.rows import mix_rows, source_rows
 from segdeformer.kernels.upsample_cross_entropy import upsample_cross_entropy
 
 SIZES = [(1, 1, 19, 19), (17, 63, 32, 32), (200, 17, 64, 19), (63, 200, 19, 64), (128, 1, 150, 32)]
@@ -144,6 +144,7 @@ def test_label_smoothing_mixes_in_the_mean_over_classes():
 def test_strips_of_rows_equal_the_whole_resize(size, full):
     values = random(1, 3, *size)
     whole = F.interpolate(values.double(), full, mode="bilinear", align_corners=False)
-    strips = [upsample_rows(values, full, top, min(top + 7, full[0])) for top in range(0, full[0], 7)]
+    source = source_rows(size[0], full[0])
+    strips = [mix_rows(values, source.between(top, top + 7), full[1]) for top in range(0, full[0], 7)]
     eager = F.interpolate(values, full, mode="bilinear", align_corners=False)
     assert_no_worse(torch.cat(strips, 2), eager, whole)  # float32 coordinates cost PyTorch up to 3e-5 too

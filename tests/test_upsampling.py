@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from budget import assert_no_worse, random
 from test_triton_attention import DEVICE, poisoned_memory  # noqa: F401
 
-from segdeformer.kernels.upsample_argmax import upsample_argmax, upsample_confusion
+from segdeformer.kernels import upsample_argmax as counting
+from segdeformer.kernels.upsample_argmax import (
+    add_confusion,
+    count_on_cpu,
+    count_on_gpu,
+    upsample_argmax,
+    upsample_confusion,
+)
 from segdeformer.kernels.upsample_cross_entropy import (
     HardPixels,
     upsample_cross_entropy,
@@ -202,6 +209,24 @@ def test_confusion_counts_every_pair_and_adds_up(impl):
         if label < 19:
             expected[label, winner] += 1
     assert torch.equal(matrix.cpu(), expected)
+
+
+@pytest.mark.parametrize("num_classes", [2, 19, 300])
+def test_counting_in_chunks_by_sorting_and_by_bins_gives_the_same(monkeypatch, num_classes):
+    monkeypatch.setattr(counting, "CHUNK_PIXELS", (100, 100))
+    labels, ids = (made_labels(num_classes, 1, (37, 49), dtype=torch.int16)[0] for _ in range(2))
+    ids = ids.clamp(0, num_classes - 1).flip(0)
+    expected = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    for label, winner in zip(labels.flatten().tolist(), ids.flatten().tolist(), strict=True):
+        if 0 <= label < num_classes and label != 1:
+            expected[label, winner] += 1
+    for count in (count_on_cpu, count_on_gpu):
+        monkeypatch.setattr(counting, "count_on_cpu", count)
+        monkeypatch.setattr(counting, "count_on_gpu", count)
+        matrix = torch.zeros_like(expected).to(DEVICE)
+        add_confusion(matrix, labels, ids, ignore_index=1)
+        assert torch.equal(matrix.cpu(), expected)
+        assert count(torch.tensor([5, 0, 3, 0, 5], device=DEVICE), 5).tolist() == [2, 0, 0, 1, 0]
 
 
 def test_shapes_that_do_not_belong_together_are_named():

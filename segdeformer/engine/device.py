@@ -39,6 +39,13 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device; a GPU is not waited for, since PyTorch keeps the pinned memory until it is read."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def peak_memory_mib(device: torch.device) -> float:
     """Peak of the GPU's allocator, or on the CPU of the whole process's resident set."""
     if device.type == "cuda":

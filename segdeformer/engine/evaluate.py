@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from segdeformer.config import IGNORE_INDEX, DataConfig, EvalConfig
 from segdeformer.data.classes import ClassTable
 from segdeformer.data.datasets import Dataset, Sample
+from segdeformer.engine.device import moved
 from segdeformer.engine.distributed import ALONE, Processes, from_all, of_this_process
 from segdeformer.engine.inference import View, fused_map, make_views, strips
 from segdeformer.engine.metrics import ConfusionMatrix, Scores
@@ -71,12 +72,14 @@ class Tally:
         if processes.size == 1:
             return
         self.counts_KK = self.counts_KK.cpu()
-        own = [loss.item() for loss in self.image_losses]
-        shares = from_all((self.counts_KK, own), processes)
+        shares = from_all((self.counts_KK, self._losses()), processes)
         self.counts_KK = torch.stack([counts_KK for counts_KK, _ in shares]).sum(dim=0)
         losses = [loss for _, own in shares for loss in own]
         self.image_losses = [torch.tensor(loss, dtype=torch.float64) for loss in losses]
         self.num_images = len(self.image_losses)
+
+    def _losses(self) -> list[float]:
+        return torch.stack(self.image_losses).tolist() if self.image_losses else []
 
     def report(self) -> Report:
         """The scores of all images so far."""
@@ -87,7 +90,7 @@ class Tally:
             scores=confusion.scores(),
             pixel_accuracy=confusion.pixel_accuracy,
             # fsum: exact, so that it does not matter which process has had which image
-            loss=math.fsum(loss.item() for loss in self.image_losses) / num_valid if num_valid else math.nan,
+            loss=math.fsum(self._losses()) / num_valid if num_valid else math.nan,
             num_images=self.num_images,
             confusion_KK=confusion.counts_KK,
             classes=self.classes,
@@ -142,7 +145,7 @@ def evaluate_images(
     with closing(_read_ahead(dataset, processes.share(len(dataset)))) as samples:
         for sample in samples:
             views = make_views(model, sample.image_HW3, protocol, data, device)
-            labels_HW = torch.tensor(sample.labels_HW, device=device)
+            labels_HW = moved(torch.tensor(sample.labels_HW), device)
             with torch.inference_mode():
                 predicted_HW = _add_image(tally, views, labels_HW, impl)
             tally.num_images += 1
@@ -150,7 +153,7 @@ def evaluate_images(
 
 
 def _add_image(tally: Tally, views: list[View], labels_HW: torch.Tensor, impl: Impl) -> torch.Tensor:
-    """Add an image to the tally and return its winning ids, uint8."""
+    """Add an image to the tally and return its winning ids, uint8; a GPU is not waited for."""
     logits_1Khw = fused_map(views, impl)
     if logits_1Khw is not None:
         winners = upsample_confusion(
@@ -166,12 +169,10 @@ def _add_image(tally: Tally, views: list[View], labels_HW: torch.Tensor, impl: I
     for strip in strips(views, labels_HW.shape):
         rows = slice(strip.top, strip.top + strip.logits_KrW.shape[1])
         predicted_HW[rows] = strip.ids()
-        loss += F.cross_entropy(
-            strip.logits_KrW[None],
-            labels_HW[None, rows].long(),
-            ignore_index=IGNORE_INDEX,
-            reduction="sum",
+        losses_1rW = F.cross_entropy(
+            strip.logits_KrW[None], labels_HW[None, rows].long(), ignore_index=IGNORE_INDEX, reduction="none"
         )
+        loss += losses_1rW.sum(dtype=torch.float64)  # PyTorch's own sum is not deterministic on a GPU
     tally.image_losses.append(loss)
     add_confusion(tally.counts_KK, labels_HW, predicted_HW, ignore_index=IGNORE_INDEX)
     return predicted_HW

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from segdeformer.config import DataConfig, EvalConfig
 from segdeformer.data.transforms import normalise, resize_for_eval
-from segdeformer.engine.device import explained_shortage
+from segdeformer.engine.device import explained_shortage, moved
 from segdeformer.kernels.impl import Impl, choose_upsampling
-from segdeformer.kernels.rows import mix_rows, source_rows, strip_rows, upsample_rows
+from segdeformer.kernels.rows import mix_rows, source_range, source_rows, strip_rows
 
 
 class Strip(NamedTuple):
@@ -42,6 +42,8 @@ class Strip(NamedTuple):
 class View(Protocol):
     """One scale and orientation of the image, already through the model."""
 
+    @property
+    def num_classes(self) -> int: ...
     def rows(self, top: int, bottom: int) -> Tensor:
         """Logits of output rows [top, bottom), (K, r, W) float32."""
         ...
@@ -52,10 +54,12 @@ class WholeView:
 
     def __init__(self, logits_1Khw: Tensor, size: tuple[int, int]) -> None:
         self.logits_1Khw = logits_1Khw
-        self.size = size
+        self.num_classes = logits_1Khw.shape[1]
+        self.source = source_rows(logits_1Khw.shape[2], size[0], device=logits_1Khw.device)
+        self.width = size[1]
 
     def rows(self, top: int, bottom: int) -> Tensor:
-        return upsample_rows(self.logits_1Khw, self.size, top, bottom)[0]
+        return mix_rows(self.logits_1Khw, self.source.between(top, bottom), self.width)[0]
 
 
 class Window(NamedTuple):
@@ -74,27 +78,28 @@ class SlidingView:
         self.windows = windows
         self.resized = resized
         self.size = size
+        window, logits_1Khw = windows[0]  # all windows are as large
+        self.num_classes = logits_1Khw.shape[1]
+        self.source_of_window = source_rows(logits_1Khw.shape[2], window.height, device=logits_1Khw.device)
+        self.source = source_rows(resized[0], size[0], device=logits_1Khw.device)
 
     def rows(self, top: int, bottom: int) -> Tensor:
         if self.resized == self.size:
             return self._resized_rows(top, bottom)[0]
-        device = self.windows[0][1].device
-        source = source_rows(self.resized[0], self.size[0], top, bottom, device=device)
-        first, last = int(source.near_r[0]), int(source.far_r[-1]) + 1
-        return mix_rows(self._resized_rows(first, last), source.shifted(first), self.size[1])[0]
+        needed = source_range(self.resized[0], self.size[0], top, bottom)
+        source = self.source.between(top, bottom).shifted(needed.start)
+        return mix_rows(self._resized_rows(needed.start, needed.stop), source, self.size[1])[0]
 
     def _resized_rows(self, first: int, last: int) -> Tensor:
-        num_classes = self.windows[0][1].shape[1]
-        total = self.windows[0][1].new_zeros(1, num_classes, last - first, self.resized[1])
+        total = self.windows[0][1].new_zeros(1, self.num_classes, last - first, self.resized[1])
         count = total.new_zeros(last - first, self.resized[1])
         for window, logits_1Khw in self.windows:
             top, bottom = max(first, window.top), min(last, window.top + window.height)
             if top >= bottom:
                 continue
             inside = np.s_[top - first : bottom - first, window.left : window.left + window.width]
-            total[(..., *inside)] += upsample_rows(
-                logits_1Khw, (window.height, window.width), top - window.top, bottom - window.top
-            )
+            source = self.source_of_window.between(top - window.top, bottom - window.top)
+            total[(..., *inside)] += mix_rows(logits_1Khw, source, window.width)
             count[inside] += 1
         return total / count
 
@@ -104,6 +109,7 @@ class MirroredView:
 
     def __init__(self, view: View) -> None:
         self.view = view
+        self.num_classes = view.num_classes
 
     def rows(self, top: int, bottom: int) -> Tensor:
         return self.view.rows(top, bottom).flip(-1)
@@ -153,9 +159,7 @@ def fused_map(views: list[View], impl: Impl) -> Tensor | None:
 def strips(views: list[View], size: tuple[int, ...]) -> Iterator[Strip]:
     """The combined views at `size` = (H, W), from the top."""
     height, width = size
-    # An estimate of what a row holds: K is known only from the logits themselves.
-    num_classes = views[0].rows(0, 1).shape[0]
-    rows = strip_rows(num_classes * width)
+    rows = strip_rows(views[0].num_classes * width)
     for top in range(0, height, rows):
         yield Strip(top, _combine(views, top, min(top + rows, height)))
 
@@ -178,7 +182,7 @@ def _view(
     data: DataConfig,
     device: torch.device,
 ) -> View:
-    image_3HW = torch.from_numpy(normalise(image_HW3, data.mean, data.std)).permute(2, 0, 1).to(device)
+    image_3HW = moved(torch.from_numpy(normalise(image_HW3, data.mean, data.std)).permute(2, 0, 1), device)
     if protocol.mode == "whole":
         return WholeView(_logits(model, image_3HW), size)
     resized = (image_HW3.shape[0], image_HW3.shape[1])

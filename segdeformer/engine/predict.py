@@ -36,9 +36,10 @@ def predict_image(
         winners = upsample_argmax(logits_1Khw, (height, width), confidence=True, impl=impl)
         assert winners.confidence_BHW is not None
         return Prediction(winners.ids_BHW[0].cpu().numpy(), winners.confidence_BHW[0].cpu().numpy())
-    prediction = Prediction(np.empty((height, width), np.uint8), np.empty((height, width), np.float32))
+    ids_HW = torch.empty(height, width, dtype=torch.uint8, device=device)
+    confidence_HW = torch.empty(height, width, device=device)
     for strip in strips(views, (height, width)):
         rows = slice(strip.top, strip.top + strip.logits_KrW.shape[1])
-        prediction.ids_HW[rows] = strip.ids().to(torch.uint8).cpu().numpy()
-        prediction.confidence_HW[rows] = strip.confidence().cpu().numpy()
-    return prediction
+        ids_HW[rows] = strip.ids()
+        confidence_HW[rows] = strip.confidence()
+    return Prediction(ids_HW.cpu().numpy(), confidence_HW.cpu().numpy())  # here a GPU is waited for

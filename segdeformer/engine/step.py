@@ -93,18 +93,19 @@ def take_step(
                     ignore_index=IGNORE_INDEX,
                 )
                 tokens = found if tokens is None else tokens.plus(found)
-        sums[4] = float(stop_asked)
+        sums[4:].fill_(float(stop_asked))  # by `sums[4] =` it would be copied there, which waits
         if run.scaler.is_enabled():
             run.scaler.unscale_(run.optimizer)
         norm = gradient_norm(run.model)
         add_up(sums, run.processes)
-        numbers = [*sums.tolist(), norm.item()]  # here a GPU is waited for
+        # Here a GPU is waited for, and nowhere else: what is not finite must not reach the weights.
+        numbers = torch.cat([sums, norm.double().reshape(1)]).tolist()
         finite = all(map(math.isfinite, numbers))
-        overflow = math.isfinite(numbers[0]) and _scale(run) > SMALLEST_SCALE
+        overflow = not finite and math.isfinite(numbers[0]) and _scale(run) > SMALLEST_SCALE
         if finite:
             if config.clip_norm is not None:
-                _clip(run.model, norm, config.clip_norm)
-            run.scaler.step(run.optimizer)
+                torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), config.clip_norm, norm)
+            run.optimizer.step()  # not through the scaler, which would look at the gradients again
         if run.scaler.is_enabled():
             run.scaler.update()
         if not finite:
@@ -137,13 +138,6 @@ def gradient_norm(model: nn.Module) -> Tensor:
     """Euclidean length of all gradients together, a scalar; of a model in shares over all of them."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return whole(torch.nn.utils.get_total_norm(gradients))
-
-
-def _clip(model: nn.Module, norm: Tensor, longest: float) -> None:
-    factor = (longest / (norm + 1e-6)).clamp(max=1.0)  # PyTorch's clip_grad_norm_
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad.mul_(factor)
 
 
 def _forward(run: Run, part: Batch) -> tuple[SegOutput, Tensor]:

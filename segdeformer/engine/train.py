@@ -177,7 +177,8 @@ def _next_parts(run: Run, batches: Iterator[Batch]) -> tuple[list[Batch], list[f
         parts = list(islice(batches, run.options.accumulate))
     except UserError as raised:
         error = raised
-    counts = [0.0] if error else [_loss_weight(run, part) for part in parts]
+    is_whole = run.processes.size * run.options.accumulate == 1
+    counts = [0.0] if error or is_whole else [_loss_weight(run, part) for part in parts]
     if run.processes.size == 1:
         total = sum(counts)
     else:
@@ -190,7 +191,7 @@ def _next_parts(run: Run, batches: Iterator[Batch]) -> tuple[list[Batch], list[f
         with of_this_process():
             raise error
     run.unreadable += [name for part in parts for name in part.skipped]
-    if len(parts) * run.processes.size == 1:
+    if is_whole:
         return parts, [1.0]
     if total == 0.0:  # no pixel has a label: every loss is 0
         return parts, [0.0 for _ in parts]
