@@ -23,7 +23,6 @@ SHARED_BYTES = 128  # the same, of reading and writing
 LOAD_CYCLES = 700  # from asking L2 or memory to the answer
 STEP_CYCLES = 150  # barriers, waits for the last product, reductions over a row
 OPERATIONS = 5  # float32, of a score beside its exponential
-SPILLED_SHARE = 0.5  # of a thread's spilled registers, written and read once a step
 TENSOR_MEMORY_BYTES = 256  # the same as of shared memory
 SMOOTH = 4  # units that are busy nearly all the time wait for one another: between a sum (1) and the maximum
 
@@ -133,7 +132,7 @@ def scores_per_cycle(
     softmax = (
         scores / EXPONENTIALS
         + (scores * OPERATIONS + tile.block_queries * work.rescaled) / rates.operations
-        + 2 * SPILLED_SHARE * spilled / SHARED_BYTES
+        + 2 * spilled / SHARED_BYTES  # written and read once a step
     )
     if resources.tensor_columns:  # the accumulators go to registers and back
         softmax += 2 * tile.block_queries * work.rescaled * 4 / TENSOR_MEMORY_BYTES

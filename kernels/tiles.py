@@ -144,7 +144,7 @@ def architecture_of(device: torch.device) -> Architecture:
         return ARCHITECTURES["sm_90"]  # Triton's interpreter, which takes any tile
     if torch.version.hip is not None:
         return ARCHITECTURES["gfx942"]  # its tiles are small enough for other AMD cards too
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)  # its stub leaves fields out
     shared, major = properties.shared_memory_per_block_optin, properties.major
     if shared >= ARCHITECTURES["sm_90"].shared_bytes:
         return ARCHITECTURES["sm_100" if major >= 10 else "sm_90"]
