@@ -5,7 +5,7 @@ AOT_TABLE ?= benchmarks/results/aot.md
 RUN := $(VENV)/run
 DEV := $(VENV)/dev
 
-.PHONY: demo test lint aot gpu clean
+.PHONY: demo test lint aot aot-versions versions gpu clean
 
 demo: $(RUN)/installed  ## train, score and picture a SegDeformer in a few minutes, on a CPU too
 	$(RUN)/bin/segdeformer train landcover-demo
@@ -19,8 +19,14 @@ lint: $(DEV)/installed  ## style and types
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy
 
-aot: $(DEV)/installed  ## compile every Triton kernel for five kinds of cards; writes benchmarks/results/aot.md
-	$(DEV)/bin/python benchmarks/aot.py --out $(AOT_TABLE)
+aot: $(DEV)/installed  ## compile every Triton kernel for five kinds of cards
+	$(DEV)/bin/python -m benchmarks.aot
+
+aot-versions: $(DEV)/installed  ## the same with every Triton version we promise; writes benchmarks/results/aot.md
+	$(DEV)/bin/python -m benchmarks.aot --versions --out $(AOT_TABLE)
+
+versions:  ## the test suite with the oldest, the usual and the newest versions; writes docs/versions.md
+	$(PYTHON) tools/tested_versions.py
 
 gpu: $(RUN)/installed  ## check, tune and time the Triton kernels on this machine's GPU, in less than 9 minutes
 	$(RUN)/bin/python -m benchmarks.gpu

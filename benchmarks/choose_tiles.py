@@ -1,75 +1,33 @@
-"""Choose kernels/tuned/defaults.json: safe tiles for cards on which nothing was measured.
+"""Choose kernels/tuned/defaults.json: tiles for cards on which nothing was measured.
 
-    python benchmarks/choose_tiles.py [--only sm_90 ...]
+    python -m benchmarks.choose_tiles [--only sm_90 ...]    the decoder's own widths in half precision
 
-Of each kernel's candidates, in the order of their promise, the first that fits the card's shared memory
-and does not spill, as the compiler says; failing that the one that spills least. No GPU is involved.
+Of each kernel's most promising candidates the one that is fastest by the model of `kernels/tile_speed.py`,
+from what the compilers made of it. It must fit the card and use its matrix instruction with every Triton
+version that we promise; the slowest of them counts. The present tile stays where no other promises enough
+more. No GPU is involved.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import re
+import tempfile
+from pathlib import Path
 from typing import NamedTuple
 
-from aot import KERNELS, Case, class_widths, compile_case, main_widths
+from benchmarks.aot import KERNELS, class_widths, main_widths
+from benchmarks.compiled import NUM_PIXELS, Case, Compiled
+from benchmarks.versions import VERSIONS, compile_with
+from segdeformer.kernels.tile_speed import scores_per_cycle
+from segdeformer.kernels.tiles import ARCHITECTURES, TUNED, Tile, default_tile, padded_width
+from segdeformer.kernels.tune_candidates import candidate_tiles, estimated_resources
 
-from segdeformer.kernels.tiles import ARCHITECTURES, TUNED, Architecture, Tile, padded_width
-
-SPILL_BYTES = 16  # a chosen tile may spill this much
-SLOW_PATH_BYTES = 64  # of spills are as bad as Ampere's matrix instructions on Hopper
-
-
-def candidates(kernel: str, width: int, element_bytes: int) -> list[Tile]:
-    """Tiles worth a try, the most promising first."""
-    few_keys = kernel == "attention_forward_few_keys"
-    never = [Tile(16, 0, 4, 1)] if few_keys else []
-    if element_bytes == 4:
-        shapes = [(32, 64), (32, 32)] if few_keys else [(64, 32), (32, 32), (32, 16), (16, 32), (16, 16)]
-        return [Tile(q, k, w, 1) for q, k in shapes for w in (8, 4)] + never
-    if few_keys:
-        shapes = [(q, k) for k in (256, 128, 64) for q in (64, 32)]
-        return [Tile(q, k, w, 2) for q, k in shapes for w in (8, 4)] + never
-    if kernel == "attention_weights_and_grads":
-        shapes = [(128, 128), (128, 64), (64, 64), (32, 32)]
-        return [Tile(q, k, w, s) for q, k in shapes for w in (8, 4) for s in (3, 2)]
-    stages = (3, 2, 1) if width <= 256 else (2, 1)
-    if kernel.endswith(("forward", "queries")):
-        shapes = [
-            (128, 128),
-            (128, 64),
-            (64, 64),
-            (128, 32),
-            (64, 32),
-            (32, 64),
-            (32, 32),
-            (32, 16),
-            (16, 16),
-        ]
-    else:
-        shapes = [(64, 128), (32, 128), (64, 64), (32, 64), (64, 32), (32, 32), (16, 32), (16, 16)]
-    return [Tile(q, k, w, s) for q, k in shapes for s in stages for w in ((8, 4) if q * k > 1024 else (4,))]
-
-
-def hopeless(architecture: Architecture, kernel: str, width: int, element_bytes: int, tile: Tile) -> bool:
-    """Whether a tile cannot fit, by what it must at least hold at a time; spares its compilation."""
-    operands = 1 if kernel == "external_forward" else 2
-    if kernel == "attention_forward_few_keys":
-        rows, walked, accumulators = tile.block_queries, tile.block_keys, 1
-    elif kernel.endswith(("forward", "queries")):
-        rows, walked, accumulators = tile.block_queries, tile.block_keys * max(1, tile.stages - 1), 1
-    elif kernel == "attention_weights_and_grads":
-        return False
-    else:
-        rows, walked = tile.block_keys, tile.block_queries * max(1, tile.stages - 1)
-        accumulators = 2 if kernel.endswith("keys_and_values") else 1
-    shared_bytes = walked * operands * width * element_bytes
-    held = (rows * width * accumulators + tile.block_queries * tile.block_keys) // (32 * tile.warps)
-    registers = 512 if architecture.backend == "hip" else 255  # sm_100 accumulates elsewhere
-    return shared_bytes > architecture.shared_bytes or (architecture.name != "sm_100" and held > registers)
+MANY_PIXELS = 65536  # of the maps with few classes
+GAIN = 1.05  # that the model must promise for a new tile
+PROMISE = 0.9  # of the present tile's estimate, for a candidate to be compiled at all
+FINALISTS = 3  # compiled with every version; with the newest, all candidates
 
 
 class Wanted(NamedTuple):
@@ -81,53 +39,92 @@ class Wanted(NamedTuple):
     value_width: int
     element_bytes: int
 
+    @property
+    def num_rows(self) -> int:
+        return MANY_PIXELS if max(self.width, self.value_width) <= 32 else NUM_PIXELS
 
-def choose(wanted: Wanted) -> tuple[Wanted, Tile, int]:
-    """The first candidate that fits, does not spill, and uses the card's own matrix instructions.
+    @property
+    def padded(self) -> tuple[int, int]:
+        return padded_width(self.width), padded_width(self.value_width)
 
-    Failing that the one that spills least.
-    """
-    architecture, kernel, width, value_width, element_bytes = wanted
-    least: tuple[int, Tile] | None = None
-    for tile in candidates(kernel, max(width, value_width), element_bytes):
-        if not tile.block_keys:  # too few keys fit to be worth a kernel
-            return wanted, tile, 0
-        if hopeless(ARCHITECTURES[architecture], kernel, min(width, value_width), element_bytes, tile):
-            continue
-        compiled = compile_case(Case(kernel, width, value_width, element_bytes, architecture, tile))
-        if isinstance(compiled, str) or not compiled.fits:
-            continue
-        slow = architecture == "sm_90" and element_bytes == 2 and "wgmma" not in compiled.instruction
-        cost = compiled.spill_bytes + SLOW_PATH_BYTES * slow
-        if least is None or cost < least[0]:
-            least = cost, tile
-        if cost <= SPILL_BYTES:
-            break
-    assert least is not None, wanted
-    return wanted, least[1], least[0]
+    def present(self) -> Tile:
+        return default_tile(self.kernel, *self.padded, self.element_bytes, ARCHITECTURES[self.architecture])
+
+    def case(self, tile: Tile) -> Case:
+        return Case(self.kernel, self.width, self.value_width, self.element_bytes, self.architecture, tile)
+
+    def candidates(self, most: int) -> list[Tile]:
+        """The present tile, then those that may be as fast. The tuner tries bulk copies, and checks them."""
+        architecture, present = ARCHITECTURES[self.architecture], self.present()
+        case = self.kernel, self.padded, self.element_bytes, architecture
+        tiles = [t for t in candidate_tiles(*case, present, num_rows=self.num_rows) if not t.tma]
+        estimates = {
+            tile: scores_per_cycle(
+                self.kernel,
+                tile,
+                self.padded,
+                self.element_bytes,
+                architecture,
+                estimated_resources(self.kernel, tile, self.padded, self.element_bytes, architecture),
+                num_rows=self.num_rows,
+            )
+            for tile in tiles
+        }
+        best = sorted(tiles[1:], key=lambda tile: -estimates[tile])
+        likely = [tile for tile in tiles[1:] if estimates[tile] >= PROMISE * estimates[present]]
+        # The best few in any case: the present tile may turn out not to fit.
+        return [present, *dict.fromkeys([*likely[:most], *best[: most // 2]])]
+
+    def score(self, made: Compiled | None) -> float:
+        """Scores in a cycle by the model; 0 for what the gate would not let pass."""
+        if made is None or made.slow_products:
+            return 0.0
+        return scores_per_cycle(
+            self.kernel,
+            made.case.tile,
+            self.padded,
+            self.element_bytes,
+            ARCHITECTURES[self.architecture],
+            made.resources,
+            num_rows=self.num_rows,
+        )
 
 
-def choose_defaults(architectures: list[str], *, main_only: bool) -> None:
-    """Write these cards' part of `defaults.json`, or only the tiles of the decoder's own widths."""
+def choose(wanted: list[Wanted], folder: Path, *, most: int) -> dict[Wanted, Tile]:
+    """The tile of each, compiled with the newest version, the best of them then with all others."""
+    tiles = {want: want.candidates(most) for want in wanted}
+    scores: dict[Case, float] = {}
+    for version in reversed(VERSIONS):
+        cases = [want.case(tile) for want in wanted for tile in tiles[want]]
+        made = {row.case: row for row in compile_with(version, cases, folder).compiled}
+        for want in wanted:
+            for case in map(want.case, tiles[want]):
+                scores[case] = min(scores.get(case, float("inf")), want.score(made.get(case)))
+            present = want.present()
+            enough = GAIN * scores[want.case(present)]
+            best = sorted(tiles[want], key=lambda tile: -scores[want.case(tile)])
+            better = [tile for tile in best if scores[want.case(tile)] > enough]
+            tiles[want] = list(dict.fromkeys([present, *better[:FINALISTS]]))
+        print(f"Triton {version}: {len(made)} of {len(cases)} compiled", flush=True)
+    chosen = {}
+    for want in wanted:
+        present = want.present()
+        best = max(tiles[want], key=lambda tile: scores[want.case(tile)])
+        old, new = scores[want.case(present)], scores[want.case(best)]
+        if not new:
+            raise RuntimeError(f"no candidate of {want} fits with every version")
+        chosen[want] = best if new > GAIN * old else present
+        print(f"{want.case(present)}: {old:.2f} scores a cycle; {best}: {new:.2f}; taken: {chosen[want]}")
+    return chosen
+
+
+def write_tiles(chosen: dict[Wanted, Tile]) -> None:
+    """Put them into `defaults.json`."""
     path = TUNED / "defaults.json"
-    table = json.loads(path.read_text()) if path.exists() else {}
-    wanted = []
-    for architecture in architectures:
-        for kernel in KERNELS:
-            classes = class_widths(kernel)
-            main = main_widths(kernel)
-            widths = main if main_only else [*((w, w) for w in classes), *main]
-            wanted += [
-                Wanted(architecture, kernel, *w, size) for w in dict.fromkeys(widths) for size in (2, 4)
-            ]
-        if not main_only:
-            table[architecture] = {}
-    with multiprocessing.Pool(os.cpu_count()) as pool:
-        for case, tile, cost in pool.imap(choose, wanted):
-            print(f"{case}: {tile}, cost {cost}", flush=True)
-            by_width = table[case.architecture].setdefault(case.kernel, {})
-            place = f"{padded_width(case.width)}x{padded_width(case.value_width)}"
-            by_width.setdefault(place, {})[str(case.element_bytes)] = tile
+    table = json.loads(path.read_text())
+    for want, tile in chosen.items():
+        by_width = table[want.architecture].setdefault(want.kernel, {})
+        by_width.setdefault("{}x{}".format(*want.padded), {})[str(want.element_bytes)] = tile
     text = json.dumps(table, indent=1)
     path.write_text(re.sub(r"\[\s+([^]]*?)\s+\]", _one_line, text) + "\n")
 
@@ -139,6 +136,21 @@ def _one_line(found: re.Match[str]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
-    parser.add_argument("--main", action="store_true", help="only the decoder's own widths")
-    chosen = parser.parse_args()
-    choose_defaults(chosen.only, main_only=chosen.main)
+    # How many keys the kernel for few of them takes is not a matter of its own speed.
+    kernels = [kernel for kernel in KERNELS if not kernel.endswith("few_keys")]
+    parser.add_argument("--kernels", nargs="+", choices=kernels, default=kernels)
+    parser.add_argument("--classes", action="store_true", help="the classes of widths, not the decoder's own")
+    parser.add_argument("--bytes", type=int, choices=(2, 4), default=2, help="of an element")
+    parser.add_argument("--most", type=int, default=8, help="candidates of each kernel to compile")
+    parser.add_argument(
+        "--wheels", type=Path, help="keep the Triton versions here; default: fetched each time"
+    )
+    asked = parser.parse_args()
+    wants = [
+        Wanted(architecture, kernel, *widths, asked.bytes)
+        for architecture in asked.only
+        for kernel in asked.kernels
+        for widths in ([(w, w) for w in class_widths(kernel)] if asked.classes else main_widths(kernel))
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        write_tiles(choose(wants, asked.wheels or Path(scratch), most=asked.most))

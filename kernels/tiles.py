@@ -76,22 +76,50 @@ class Choice(NamedTuple):
 
 
 class Architecture(NamedTuple):
-    """A kind of card, as the default tiles know it."""
+    """A kind of card: what one program may use, and what a multiprocessor has for all that run on it."""
 
     name: str
     shared_bytes: int  # shared memory that one program may use
     backend: str
     warp_size: int
+    processor_shared_bytes: int
+    processor_registers: int  # of 32 bits
+    processor_warps: int
+    processor_blocks: int
+    tensor_columns: int = 0  # of Blackwell's tensor memory, where its products accumulate
+
+    def resident_blocks(
+        self, *, registers: int, shared_bytes: int, warps: int, tensor_columns: int = 0
+    ) -> int:
+        """How many programs run on a multiprocessor at a time; 0 where not even one does.
+
+        registers of a thread; the rest of a program.
+        """
+        if shared_bytes > self.shared_bytes or tensor_columns > self.tensor_columns:
+            return 0
+        reserved = RESERVED_SHARED_BYTES if self.backend == "cuda" else 0
+        # A warp stays in one of four partitions, which hands registers out in eights per thread.
+        of_warp = -(-max(registers, 1) // 8) * 8 * self.warp_size
+        warps_with_registers = 4 * (self.processor_registers // 4 // of_warp)
+        limits = [
+            self.processor_blocks,
+            min(self.processor_warps, warps_with_registers) // warps,
+            self.processor_shared_bytes // max(shared_bytes + reserved, 1),
+        ]
+        if tensor_columns:  # handed out in powers of two
+            limits.append(self.tensor_columns // (1 << (tensor_columns - 1).bit_length()))
+        return min(limits)
 
 
+RESERVED_SHARED_BYTES = 1024  # CUDA's own, of every program from sm_80 on
 ARCHITECTURES = {
     card.name: card
     for card in (
-        Architecture("sm_80", 163 * 1024, "cuda", 32),
-        Architecture("sm_86", 99 * 1024, "cuda", 32),
-        Architecture("sm_90", 227 * 1024, "cuda", 32),
-        Architecture("sm_100", 227 * 1024, "cuda", 32),
-        Architecture("gfx942", 64 * 1024, "hip", 64),
+        Architecture("sm_80", 163 * 1024, "cuda", 32, 164 * 1024, 65536, 64, 32),
+        Architecture("sm_86", 99 * 1024, "cuda", 32, 100 * 1024, 65536, 48, 16),
+        Architecture("sm_90", 227 * 1024, "cuda", 32, 228 * 1024, 65536, 64, 32),
+        Architecture("sm_100", 227 * 1024, "cuda", 32, 228 * 1024, 65536, 64, 32, tensor_columns=512),
+        Architecture("gfx942", 64 * 1024, "hip", 64, 64 * 1024, 131072, 32, 16),
     )
 }
 
@@ -122,7 +150,7 @@ def architecture_of(device: torch.device) -> Architecture:
         return ARCHITECTURES["sm_90"]  # Triton's interpreter, which takes any tile
     if torch.version.hip is not None:
         return ARCHITECTURES["gfx942"]  # its tiles are small enough for other AMD cards too
-    properties: Any = torch.cuda.get_device_properties(device)  # older stubs lack the memory
+    properties: Any = torch.cuda.get_device_properties(device)  # its stub leaves fields out
     shared, major = properties.shared_memory_per_block_optin, properties.major
     if shared >= ARCHITECTURES["sm_90"].shared_bytes:
         return ARCHITECTURES["sm_100" if major >= 10 else "sm_90"]

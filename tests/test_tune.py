@@ -18,17 +18,14 @@ from segdeformer.kernels.launch import Launch
 from segdeformer.kernels.oracle import answer, largest_allowed, worst_row_error
 from segdeformer.kernels.races import Fought, Race, decoder_races
 from segdeformer.kernels.tiles import (
-    ARCHITECTURES,
     Choice,
     Tile,
     backward_form,
     choose_tile,
-    default_tile,
     forget_tables,
     measured_choices,
 )
 from segdeformer.kernels.tune import OutOfTime, Settled, Sizes, Tried, tune
-from segdeformer.kernels.tune_candidates import candidate_tiles, needs
 from segdeformer.kernels.tune_problems import Problem, Trial, decoder_problems
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -41,25 +38,6 @@ RACE = Race("attention", 32, 32, 2, True, 48)
 def run(path, *, problems=(FORWARD, EXTERNAL), races=(RACE,), seconds=100.0, **options):
     options = {"sizes": SMALL, "seconds": seconds, **options}
     return list(tune(path, DEVICE, problems=list(problems), races=list(races), **options))
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=lambda a: a.name)
-def test_candidates_start_with_the_default_and_may_fit_the_card(architecture):
-    for problem in decoder_problems(torch.device("cpu")):
-        case = problem.kernel, *problem.widths, problem.element_bytes
-        default = default_tile(*case, architecture)
-        tiles = candidate_tiles(problem.kernel, problem.widths, problem.element_bytes, architecture, default)
-        assert tiles[0] == default
-        assert 1 < len(tiles) <= 18 or problem.kernel.endswith("few_keys")
-        assert len(set(tiles)) == len(tiles)
-        for tile in tiles[1:]:
-            q, k = tile.block_queries, tile.block_keys
-            need = needs(problem.kernel, q, k, *problem.widths, problem.element_bytes)
-            least = (need.resident + need.streamed) * problem.element_bytes
-            assert least <= architecture.shared_bytes
-            assert not tile.tma or architecture.name in ("sm_90", "sm_100")
-            if problem.kernel.endswith("few_keys"):
-                assert k == default.block_keys
 
 
 @pytest.mark.parametrize("problem", decoder_problems(torch.device("cpu")), ids=lambda p: str(p[:4]))
