@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.machine import RESULTS, Machine, section_arguments, this_machine
-from segdeformer.cli.bench import describe
+from segdeformer.kernels.tune_events import describe
 from segdeformer.errors import UserError
 from segdeformer.kernels.tiles import user_tuned
 from segdeformer.kernels.tune import FULL_SIZES, Sizes, Tried, tune

@@ -9,7 +9,7 @@ import torch
 from benchmarks import check_upsampling, checks, report
 from benchmarks.machine import this_machine
 from benchmarks.upsampling import UpsamplingRow, measure
-from segdeformer.cli.bench import describe
+from segdeformer.kernels.tune_events import describe
 from segdeformer.kernels import impl as choosing
 from segdeformer.kernels.impl import choose_upsampling
 from segdeformer.kernels.launch import Launch
