@@ -8,7 +8,6 @@ B batch, K classes, hw map, HW output.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from segdeformer.kernels.upsample_oracle import (
 from segdeformer.kernels.upsample_races import make_loss_task
 
 CLASSES = (150, 19, 171, 2)
+FEWER_CLASSES = (150, 2)
 BATCH = 2
 LOSS_ERROR, SLOPE_ERROR, CONFIDENCE_ERROR = 1e-6, 4e-6, 1e-5
 IGNORED, STRAY = 0.3, 200
@@ -41,8 +41,8 @@ SIZES = (  # map, output
     ((1, 1), (9, 5)),  # from one pixel
     ((5, 6), (1, 1)),  # to one pixel
 )
-REHEARSED_SIZES = (((2, 3), (8, 12)), ((3, 4), (5, 7)), ((1, 1), (5, 3)))
-NUM_MAIN_SIZES = 2
+REHEARSED_SIZES = (((2, 3), (8, 12)), ((2, 2), (3, 5)), ((1, 1), (3, 2)))
+NUM_USUAL_SIZES = 2
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 
 
@@ -84,12 +84,29 @@ class UpsamplingGroup(NamedTuple):
         return f"upsampling {h}x{w} -> {height}x{width} {str(self.dtype).removeprefix('torch.')}"
 
 
-def upsampling_groups(machine: Machine) -> Iterator[UpsamplingGroup]:
-    """All of them, the usual resizes first; those after NUM_MAIN_SIZES get every other case."""
-    sizes, classes = (REHEARSED_SIZES, (19, 2)) if machine.is_rehearsal else (SIZES, CLASSES)
-    for (place, (size, full)), dtype in itertools.product(enumerate(sizes), machine.dtypes):
-        cases = CASES if place < NUM_MAIN_SIZES else CASES[place % 2 :: 2]
-        yield UpsamplingGroup(size, full, dtype, classes, cases)
+def first_upsampling_groups(machine: Machine) -> list[UpsamplingGroup]:
+    """The usual resizes in the usual dtype."""
+    return [_usual(sizes, machine.halves[0]) for sizes in _sizes(machine)[:NUM_USUAL_SIZES]]
+
+
+def further_upsampling_groups(machine: Machine) -> list[UpsamplingGroup]:
+    """The usual resizes in the other dtypes; the others in the usual one and in float32, with fewer cases."""
+    sizes, usual = _sizes(machine), machine.halves[0]
+    found = [
+        _usual(pair, dtype) for pair in sizes[:NUM_USUAL_SIZES] for dtype in machine.dtypes if dtype != usual
+    ]
+    for place, pair in enumerate(sizes[NUM_USUAL_SIZES:]):
+        for dtype in (usual, torch.float32):
+            found.append(UpsamplingGroup(*pair, dtype, FEWER_CLASSES, CASES[place % 2 :: 2]))
+    return found[:1] + found[-1:] if machine.is_rehearsal else found
+
+
+def _usual(sizes: tuple[tuple[int, int], tuple[int, int]], dtype: torch.dtype) -> UpsamplingGroup:
+    return UpsamplingGroup(*sizes, dtype, FEWER_CLASSES[1:] if sizes in REHEARSED_SIZES else CLASSES, CASES)
+
+
+def _sizes(machine: Machine) -> tuple[tuple[tuple[int, int], tuple[int, int]], ...]:
+    return REHEARSED_SIZES if machine.is_rehearsal else SIZES
 
 
 def upsampling_cases(group: UpsamplingGroup, machine: Machine) -> Iterator[tuple[str, Callable[[], float]]]:

@@ -134,7 +134,7 @@ def contenders(row: Row, forms: list[Form], machine: Machine) -> Iterator[Conten
             run = functools.partial(_sdpa_low_rank, backend=backend, row=row)
             yield Contender(name, ours, inputs, run)
     if row.with_flex:
-        compiled = flex_attention if machine.is_rehearsal else torch.compile(flex_attention, dynamic=False)
+        compiled = compiled_flex("eager" if machine.is_rehearsal else "inductor")
         for width in sorted({_up(w, FLEX_MULTIPLE) for w in plain.widths} | {_power(max(plain.widths))}):
             if width >= max(plain.widths):
                 inputs = _pad(plain.inputs, width, width, row)
@@ -184,6 +184,16 @@ def _flex(
 ) -> Tensor:
     out_B1NE = compiled(queries.unsqueeze(1), keys.unsqueeze(1), values.unsqueeze(1), scale=row.scale)
     return out_B1NE.squeeze(1)
+
+
+def compiled_flex(backend: str) -> Callable[..., Tensor]:
+    """FlexAttention, which is only fast when it is compiled, for one row.
+
+    PyTorch gives up on a function that it compiled for eight shapes, and then runs it uncompiled; hence the
+    reset, and the full graph, with which giving up is an error.
+    """
+    torch.compiler.reset()
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True, backend=backend)
 
 
 def _up(width: int, multiple: int) -> int:

@@ -1,7 +1,5 @@
 """The whole decoder: folded and not, against the textbook, against SDPA, and SegFormer's for scale.
 
-    python -m benchmarks.decoder [--seconds 60] [--out FOLDER] [--interpret]
-
 Inference from the encoder's four maps (MiT-B1's channels, random) to logits, equal weights, all ways in turn
 in one run. Then the memory of a forward + backward of MiT-B1 with our decoder and with SegFormer's, under
 autocast.
@@ -9,27 +7,19 @@ autocast.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import (
-    Machine,
-    alternating_ms,
-    free_bytes,
-    peak_mib,
-    section_arguments,
-    short,
-    this_machine,
-)
-from benchmarks.records import Records, open_records
+from benchmarks.kernels import summary
+from benchmarks.machine import Machine, free_bytes, peak_mib, short, tiles_digest, timings
+from benchmarks.phases import Session, begin_contender, measure_rows
 from segdeformer.kernels.clock import synchronize
 from segdeformer.kernels.impl import Impl
 
-SECONDS = 2.0
+SECONDS = 1.0
 
 
 class Shape(NamedTuple):
@@ -96,7 +86,7 @@ def ways(shape: Shape, machine: Machine) -> dict[str, nn.Module]:
 
 
 @torch.inference_mode()
-def measure_inference(shape: Shape, machine: Machine) -> dict[str, Any]:
+def measure_inference(shape: Shape, machine: Machine, without: Mapping[str, str]) -> dict[str, Any]:
     """Times and peaks of every way whose logits are right, by the same decoder in float32."""
     dtype = machine.halves[0]
     generator = torch.Generator(machine.device).manual_seed(0)
@@ -112,10 +102,15 @@ def measure_inference(shape: Shape, machine: Machine) -> dict[str, Any]:
     runs: dict[str, Callable[[], object]] = {}
     for name, decoder in ways(shape, machine).items():
         entry = entries[name] = {}
+        if name in without:
+            entry["refused"] = without[name]
+            continue
+        begin_contender(name)
         try:
             logits = decoder(maps).logits_BKhw
             synchronize(machine.device)
         except (RuntimeError, ValueError) as error:
+            synchronize(machine.device)  # an error that stays ends this process
             entry["refused"] = " ".join(str(error).split())[:300]
             continue
         if name != "segformer":
@@ -128,8 +123,8 @@ def measure_inference(shape: Shape, machine: Machine) -> dict[str, Any]:
         runs[name] = _inference(decoder, maps)
         peak = peak_mib(runs[name], machine)
         entry["peak_mib"] = None if peak is None else round(peak, 1)
-    for name, ms in alternating_ms(runs, machine, seconds=SECONDS).items():
-        entries[name]["ms"] = short(ms)
+    for name, (ms, eager_ms) in timings(runs, machine, seconds=SECONDS).items():
+        entries[name] |= {"ms": short(ms), "eager_ms": short(eager_ms)}
     return {**shape._asdict(), "dtype": str(dtype), "contenders": entries}
 
 
@@ -137,13 +132,19 @@ def _inference(decoder: nn.Module, maps: list[Tensor]) -> Callable[[], object]:
     return lambda: decoder(maps)
 
 
-def measure_training_memory(shape: Shape, machine: Machine, *, batch: int = 2) -> dict[str, Any]:
+def measure_training_memory(
+    shape: Shape, machine: Machine, without: Mapping[str, str], *, batch: int = 2
+) -> dict[str, Any]:
     """Peaks of a forward + backward of the whole model, above its weights and the image."""
     from segdeformer.models.mit import MIT_SIZES, MiT
 
     image = torch.randn(batch, 3, shape.image_px, shape.image_px, device=machine.device)
     entries: dict[str, dict[str, Any]] = {}
     for name, context in (("unfolded", True), ("segformer", False)):
+        if name in without:
+            entries[name] = {"refused": without[name]}
+            continue
+        begin_contender(name)
         model = nn.ModuleList([MiT(MIT_SIZES["mit_b1"]), build_decoder(shape, "triton", context=context)])
         model.train().to(machine.device)
 
@@ -163,42 +164,17 @@ def measure_training_memory(shape: Shape, machine: Machine, *, batch: int = 2) -
     return {**shape._asdict(), "batch": batch, "contenders": entries}
 
 
-def run(records: Records, machine: Machine, *, seconds: float) -> None:
-    """All shapes that are not recorded yet, until the time is over."""
-    deadline = time.monotonic() + seconds
-    shapes = [Shape(32, 19, 64)] if machine.is_rehearsal else list(SHAPES)
-    for shape in shapes:
-        kinds: list[tuple[str, Callable[[Shape, Machine], dict[str, Any]]]] = [
-            ("inference", measure_inference)
-        ]
-        if shape == shapes[0]:
-            kinds.append(("training memory", measure_training_memory))
-        for kind, measure in kinds:
-            name = f"{shape.width}, {shape.num_classes}, {kind}"
-            if name in records.section("decoder"):
-                continue
-            if time.monotonic() >= deadline:
-                print("out of time; run again to go on")
-                return
-            with records.trying("decoder", name):
-                try:
-                    entry = measure(shape, machine)
-                except torch.OutOfMemoryError as error:
-                    entry = {"skipped": f"out of memory: {str(error).splitlines()[0]}"}
-            records.add("decoder", name, entry)
-            print(f"decoder {name}: {entry.get('contenders', entry)}", flush=True)
+def measure(row: tuple[Shape, str], machine: Machine, without: Mapping[str, str]) -> dict[str, Any]:
+    """One shape's inference or training memory."""
+    shape, kind = row
+    return (measure_inference if kind == "inference" else measure_training_memory)(shape, machine, without)
 
 
-def main() -> None:
-    arguments = section_arguments(__doc__)
-    machine = this_machine()
-    try:
-        import segdeformer.models.segmenter  # noqa: F401
-    except ModuleNotFoundError as error:
-        print(f"decoder: left out, since {error.name} is not installed here")
-        return
-    run(open_records(arguments.out, machine), machine, seconds=arguments.seconds)
-
-
-if __name__ == "__main__":
-    main()
+def run(session: Session) -> int:
+    """Measure what is not recorded yet; how many rows are left."""
+    shapes = [Shape(32, 19, 64)] if session.machine.is_rehearsal else list(SHAPES)
+    wanted = [(shape, "inference") for shape in shapes]
+    wanted.insert(1, (shapes[0], "training memory"))
+    rows = {f"{shape.width}, {shape.num_classes}, {kind}": (shape, kind) for shape, kind in wanted}
+    tiles = tiles_digest(session.machine)
+    return measure_rows(session, "decoder", rows, measure, tiles_of=lambda row: tiles, summary=summary)

@@ -1,7 +1,5 @@
 """Our kernels against the textbook, every SDPA backend and FlexAttention, all in one run.
 
-    python -m benchmarks.kernels [--seconds 300] [--out FOLDER] [--interpret]
-
 Every contender's results are checked against float64 first (forward: sampled rows; training: all gradients
 of the last image). The contenders of a row then run in turn, by CUDA events, each after a flush of the L2
 cache; the table has medians. Results are written after each row, and a second run goes on.
@@ -9,9 +7,8 @@ cache; the table has medians. Results are written after each row, and a second r
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,21 +19,25 @@ from torch import Tensor
 from benchmarks.contenders import Contender, Form, Row, contenders, make_forms
 from benchmarks.machine import (
     Machine,
-    alternating_ms,
     ceilings,
     free_bytes,
     peak_mib,
-    section_arguments,
     short,
     this_machine,
+    tiles_digest,
+    timings,
 )
-from benchmarks.records import Records, open_records
+from benchmarks.phases import Session, begin_contender, measure_rows, one_result
 from segdeformer.kernels.clock import synchronize
+from segdeformer.kernels.crew import COMPILE_PATIENCE_S, stage
 from segdeformer.kernels.oracle import answer, largest_allowed, worst_row_error
+from segdeformer.kernels.tiles import padded_width
+from segdeformer.kernels.tune import EXACT_PATIENCE_S
 
-ROW_SECONDS = 1.0
+ROW_SECONDS = 0.6
 NUM_SAMPLED = 256
-FEW_KEYS = 1024
+NUM_GOAL_ROWS = 9
+FLEX_PATIENCE_S = 300.0  # TorchInductor tries several tiles
 # What contenders raise for shapes they do not take. KernelError is a ValueError.
 REFUSALS = (RuntimeError, ValueError, NotImplementedError, AssertionError)
 
@@ -49,30 +50,46 @@ class Expected(NamedTuple):
     allowed: list[float]
 
 
-def rows(machine: Machine) -> Iterator[Row]:
-    """All comparisons, those of the goals first."""
+def first_rows(machine: Machine) -> list[Row]:
+    """The decoder's own shapes in the usual dtype, those of the goals first; then few keys, and 1/16 maps."""
 
-    def row(operation: str, c: int, e: int, n: int, *, training: bool) -> Row:
+    def both(operation: str, c: int, e: int, n: int, keys: int | None = None) -> list[Row]:
+        return [one(operation, c, e, n, keys, training=training) for training in (False, True)]
+
+    def one(operation: str, c: int, e: int, n: int, keys: int | None = None, *, training: bool = False) -> Row:
         n = min(n, machine.most_pixels or n)
-        num_keys = min(FEW_KEYS, n // 2) if operation == "reduced" else n
-        return Row(operation, c, e, n, num_keys, 1, machine.halves[0], training)
+        m = n if keys is None else min(keys, n // 2)
+        return Row(operation, c, e, n, m, 1, machine.halves[0], training)
 
-    external = [(256, 150, 16384), (512, 150, 16384), (256, 19, 65536)]
-    first = [row("external", *shape, training=training) for shape in external for training in (False, True)]
-    first += [row("internal", 256, 150, 16384, training=False)]  # folded: inference only
-    first += [row("internal", 512, 512, 16384, training=training) for training in (False, True)]
-    first += [row("internal", 256, 256, 16384, training=training) for training in (False, True)]
-    first += [row("external", 256, 171, 16384, training=training) for training in (False, True)]
-    first += [row("reduced", 256, 256, 16384, training=training) for training in (False, True)]
-    yield from first
+    wanted = [
+        *both("external", 256, 150, 16384),
+        *both("external", 512, 150, 16384),
+        *both("external", 256, 19, 65536),
+        one("internal", 256, 150, 16384),  # folded: inference only
+        *both("internal", 512, 512, 16384),
+        *both("internal", 256, 256, 16384),
+        *both("reduced", 256, 256, 16384, 1024),
+        one("reduced", 256, 150, 16384, 1024),
+        *both("reduced", 256, 256, 16384, 256),
+        one("reduced", 256, 150, 16384, 256),
+        *both("internal", 256, 256, 1024),
+        *both("external", 256, 171, 16384),
+    ]
+    return [*wanted[:2], *wanted[6:7], *wanted[11:13]] if machine.is_rehearsal else wanted
+
+
+def further_rows(machine: Machine) -> list[Row]:
+    """FlexAttention beside those of the goals; then these in batches, and in the other half precision."""
+    first = first_rows(machine)
     if machine.is_rehearsal:
-        yield from (first[0]._replace(with_flex=True), first[-1]._replace(batch=4))
-        return
-    yield from (r._replace(with_flex=True) for r in first if r.operation != "reduced")
-    for batch in (1, 4):
-        for dtype in machine.halves:
-            if (batch, dtype) != (1, machine.halves[0]):
-                yield from (r._replace(batch=batch, dtype=dtype) for r in first)
+        return [first[0]._replace(with_flex=True), first[-1]._replace(batch=4)]
+    goals = first[:NUM_GOAL_ROWS]
+    with_flex = [r for r in first[: NUM_GOAL_ROWS + 2] if r.operation == "internal" or r.value_width == 150]
+    return [
+        *(row._replace(with_flex=True) for row in with_flex if (row.operation, row.width) != ("external", 512)),
+        *(row._replace(batch=4) for row in goals),
+        *(row._replace(dtype=machine.halves[1]) for row in goals),
+    ]
 
 
 def expected(form: Form, row: Row, grad_out: Tensor | None) -> Expected:
@@ -131,8 +148,9 @@ def check(results: list[Tensor], right: Expected) -> tuple[float, str | None]:
     return worst, None
 
 
-def measure(row: Row, machine: Machine, limits: dict[str, float]) -> dict[str, Any]:
-    """Check everyone, then time those that are right."""
+def measure(row: Row, machine: Machine, without: Mapping[str, str]) -> dict[str, Any]:
+    """Check everyone but those `without`, for these reasons; then time those that are right."""
+    stage("exact results", EXACT_PATIENCE_S)
     forms = make_forms(row, machine)
     out_widths = {form.name: form.widths[1] for form in forms}
     generator = torch.Generator(machine.device).manual_seed(2)
@@ -150,6 +168,10 @@ def measure(row: Row, machine: Machine, limits: dict[str, float]) -> dict[str, A
     flops = {}
     for contender in contenders(row, forms, machine):
         entry = entries[contender.name] = {"form": contender.form.name}
+        if contender.name in without:
+            entry["refused"] = without[contender.name]
+            continue
+        begin_contender(contender.name, FLEX_PATIENCE_S if contender.name.startswith("Flex") else None)
         if contender.needs_bytes > 0.8 * free_bytes(machine):
             entry["refused"] = f"N x M matrices of {contender.needs_bytes / 2**30:.0f} GiB do not fit"
             continue
@@ -163,14 +185,9 @@ def measure(row: Row, machine: Machine, limits: dict[str, float]) -> dict[str, A
         entry["peak_mib"] = None if peak is None else round(peak, 1)
         runs[contender.name] = run
         flops[contender.name] = contender.form.flops(row)
-    ceiling = limits[f"matmul_tflops_{str(row.dtype).removeprefix('torch.')}"]
-    for name, ms in alternating_ms(runs, machine, seconds=ROW_SECONDS).items():
-        tflops = flops[name] / ms / 1e9
-        entries[name] |= {
-            "ms": short(ms),
-            "tflops": short(tflops),
-            "share_of_matmul": short(tflops / ceiling),
-        }
+    for name, (ms, eager_ms) in timings(runs, machine, seconds=ROW_SECONDS).items():
+        tflops = short(flops[name] / ms / 1e9)
+        entries[name] |= {"ms": short(ms), "eager_ms": short(eager_ms), "tflops": tflops}
     return {**{k: str(v) if k == "dtype" else v for k, v in row._asdict().items()}, "contenders": entries}
 
 
@@ -186,6 +203,7 @@ def first_run(
             results = run()
             synchronize(machine.device)
         except REFUSALS as error:
+            synchronize(machine.device)  # an error that stays ends this process: the others go on in another
             first_line = (str(error) or type(error).__name__).splitlines()[0]
             reasons = [first_line, *(str(warning.message) for warning in caught)]  # SDPA warns of its reasons
             return " ".join(" ".join(reasons).split())[:400]
@@ -193,50 +211,36 @@ def first_run(
     return worst if reason is None else reason
 
 
-def main() -> None:
-    arguments = section_arguments(__doc__)
-    began = time.monotonic()
-    machine = this_machine()
-    records = open_records(arguments.out, machine)
-    run(records, machine, seconds=arguments.seconds - (time.monotonic() - began))
+def measure_ceilings(_task: None) -> Iterator[dict[str, float]]:
+    """This machine's own limits."""
+    stage("ceilings", COMPILE_PATIENCE_S)
+    yield ceilings(this_machine())
 
 
-def run(records: Records, machine: Machine, *, seconds: float) -> None:
-    """All rows that are not recorded yet, until the time is over."""
-    deadline = time.monotonic() + seconds
-    limits = known_ceilings(records, machine)
-    print(f"ceilings: {limits}", flush=True)
-    todo = [row for row in rows(machine) if row.name not in records.section("rows")]
-    for place, row in enumerate(todo):
-        if time.monotonic() >= deadline:
-            print(f"out of time with {len(todo) - place} rows left; run again to go on")
-            return
-        with records.trying("rows", row.name):
-            try:
-                entry = measure(row, machine, limits)
-            except torch.OutOfMemoryError as error:
-                entry = {"skipped": f"out of memory: {str(error).splitlines()[0]}"}
-        records.add("rows", row.name, entry)
-        print(summary(row.name, entry), flush=True)
+def know_ceilings(session: Session) -> None:
+    """Measure this machine's limits, once."""
+    if "ceilings" not in session.records.table and (found := one_result(session, measure_ceilings)):
+        session.records.table["ceilings"] = found
+        session.records.write()
+        print(f"ceilings: {found}", flush=True)
 
 
-def known_ceilings(records: Records, machine: Machine) -> dict[str, float]:
-    """This machine's limits, measured once."""
-    if "ceilings" not in records.table:
-        records.table["ceilings"] = ceilings(machine)
-        records.write()
-    found: dict[str, float] = records.table["ceilings"]
-    return found
+def run(session: Session, wanted: Iterable[Row]) -> int:
+    """Measure what is not recorded yet; how many rows are left."""
+    know_ceilings(session)
+
+    def tiles_of(row: Row) -> str:
+        widths = (row.value_width,) * 2 if row.operation == "external" else (row.width, row.value_width)
+        return tiles_digest(session.machine, (padded_width(widths[0]), padded_width(widths[1])))
+
+    rows = {row.name: row for row in wanted}
+    return measure_rows(session, "rows", rows, measure, tiles_of=tiles_of, summary=summary)
 
 
 def summary(name: str, entry: dict[str, Any]) -> str:
-    """Our time and the best other one."""
+    """The best times."""
     timed = {n: c["ms"] for n, c in entry.get("contenders", {}).items() if "ms" in c}
     if not timed:
-        return f"{name}: {entry.get('skipped', 'nobody ran')}"
+        return f"{name}: {entry.get('skipped') or entry['contenders']}"
     times = ", ".join(f"{n} {ms:.3f}" for n, ms in sorted(timed.items(), key=lambda item: item[1])[:4])
     return f"{name}: {times} ms"
-
-
-if __name__ == "__main__":
-    main()

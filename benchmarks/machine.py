@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
+import hashlib
+import json
+import math
 import statistics
 import sys
 import time
@@ -15,8 +17,9 @@ import triton
 
 from segdeformer.kernels.clock import synchronize
 from segdeformer.kernels.commit import commit
+from segdeformer.kernels.crew import PATIENCE_S, stage
 from segdeformer.kernels.launch import interpreting
-from segdeformer.kernels.tiles import architecture_of, gpu_slug
+from segdeformer.kernels.tiles import architecture_of, gpu_slug, tuned_for
 from segdeformer.kernels.tuned_file import kernel_sources
 
 RESULTS = Path(__file__).parent / "results"
@@ -24,6 +27,7 @@ MATMUL_SIZE = 8192
 COPY_BYTES = 2 * 2**30
 MOST_ROUNDS = 50
 LEAST_ROUNDS = 5
+MOST_FLUSHES = 200  # the driver's queue holds about a thousand launches
 
 
 class Machine(NamedTuple):
@@ -79,28 +83,25 @@ def header(machine: Machine) -> dict[str, object]:
     }
 
 
-def section_arguments(description: str | None) -> argparse.Namespace:
-    """The command line that every section of `make gpu` has."""
-    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for GPU/DATE.json and .md")
-    parser.add_argument("--seconds", type=float, default=200.0, help="stop after about so long")
-    parser.add_argument("--interpret", action="store_true", help="rehearse on a CPU, tiny, without a GPU")
-    arguments = parser.parse_args()
-    if arguments.interpret and arguments.out == RESULTS:
-        parser.error("--interpret measures nothing: give it an --out of its own")
-    return arguments
+class Timing(NamedTuple):
+    """Medians of a call, each after a flush of the L2 cache."""
+
+    ms: float  # queued: of the device alone, the host is ahead of it
+    eager_ms: float  # one call at a time, until the device is done: the host's work counts
 
 
-def alternating_ms(
+def timings(
     runs: Mapping[str, Callable[[], object]], machine: Machine, *, seconds: float
-) -> dict[str, float]:
-    """Median milliseconds of each, all in turn, so that drift hits all alike; a cold L2 cache before each."""
+) -> dict[str, Timing]:
+    """Both times of each, all in turn, so that drift hits all alike; for about so many seconds each way."""
     if machine.is_rehearsal:
-        return {name: _wall_ms(run) for name, run in runs.items()}
+        return {name: Timing(ms, ms) for name, ms in ((name, _wall_ms(run)) for name, run in runs.items())}
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device=machine.device)
 
-    def one_round() -> dict[str, tuple[torch.cuda.Event, torch.cuda.Event]]:
+    def queued_round(num_flushes: int) -> dict[str, tuple[torch.cuda.Event, torch.cuda.Event]]:
         events = {}
+        for _ in range(num_flushes):  # work for the device, while the host queues the rest
+            flush.zero_()
         for name, run in runs.items():
             flush.zero_()
             began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -110,22 +111,54 @@ def alternating_ms(
             events[name] = began, ended
         return events
 
-    began_at = time.monotonic()
-    one_round()  # warm-up
+    def eager_round() -> dict[str, float]:
+        times = {}
+        for name, run in runs.items():
+            flush.zero_()
+            synchronize(machine.device)
+            times[name] = _wall_ms(lambda run=run: (run(), synchronize(machine.device)))
+        return times
+
+    def seconds_of(call: Callable[[], object]) -> float:
+        return max(1e-6, _wall_ms(lambda: (call(), synchronize(machine.device))) / 1000)
+
+    stage("timed in turn", 20 * seconds + PATIENCE_S)
+    queued_round(1)  # warm-up
     synchronize(machine.device)
-    num_rounds = round(seconds / max(time.monotonic() - began_at, 1e-6))
-    rounds = [one_round() for _ in range(min(max(num_rounds, LEAST_ROUNDS), MOST_ROUNDS))]
+    host_s = max(1e-6, _wall_ms(lambda: queued_round(0)) / 1000)
     synchronize(machine.device)
+    num_flushes = min(MOST_FLUSHES, math.ceil(1.5 * host_s / seconds_of(flush.zero_)))
+    queued = _num_rounds(seconds, seconds_of(lambda: queued_round(num_flushes)))
+    rounds = [queued_round(num_flushes) for _ in range(queued)]
+    synchronize(machine.device)
+    eager = [eager_round() for _ in range(_num_rounds(seconds, seconds_of(eager_round)))]
     return {
-        name: statistics.median(began.elapsed_time(ended) for began, ended in (r[name] for r in rounds))
+        name: Timing(
+            statistics.median(began.elapsed_time(ended) for began, ended in (r[name] for r in rounds)),
+            statistics.median(times[name] for times in eager),
+        )
         for name in runs
     }
+
+
+def _num_rounds(seconds: float, round_s: float) -> int:
+    return min(max(round(seconds / round_s), LEAST_ROUNDS), MOST_ROUNDS)
 
 
 def _wall_ms(run: Callable[[], object]) -> float:
     began = time.perf_counter()
     run()
     return 1000 * (time.perf_counter() - began)
+
+
+def tiles_digest(machine: Machine, widths: tuple[int, int] | None = None) -> str:
+    """Which measured tiles operations of these padded widths run with, in short; of all widths for None."""
+    if machine.is_rehearsal:
+        return ""
+    table, key = tuned_for(machine.device), None if widths is None else "{}x{}".format(*widths)
+    by_kernel = {**table.get("tiles", {}), "backward": table.get("backward", {})}
+    used = {name: of if key is None else of.get(key) for name, of in by_kernel.items()}
+    return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def short(number: float) -> float:
@@ -165,12 +198,12 @@ def ceilings(machine: Machine) -> dict[str, float]:
             torch.randn(size, size, generator=generator, device=machine.device).to(dtype) for _ in range(2)
         )
         name = str(dtype).removeprefix("torch.")
-        ms = alternating_ms({"mm": lambda a=left, b=right: a @ b}, machine, seconds=0.5)["mm"]
+        ms = timings({"mm": lambda a=left, b=right: a @ b}, machine, seconds=0.3)["mm"].ms
         found[f"matmul_tflops_{name}"] = short(2 * size**3 / ms / 1e9)
     if machine.is_rehearsal:
         num_bytes = 2**20
     source = torch.randint(0, 100, (num_bytes,), dtype=torch.uint8, device=machine.device)
     target = torch.empty_like(source)
-    ms = alternating_ms({"copy": lambda: target.copy_(source)}, machine, seconds=0.5)["copy"]
+    ms = timings({"copy": lambda: target.copy_(source)}, machine, seconds=0.3)["copy"].ms
     found["copy_gb_per_s"] = short(2 * num_bytes / ms / 1e6)
     return found

@@ -5,8 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,9 @@ from benchmarks.machine import RESULTS, Machine, header
 from benchmarks.report import markdown
 from segdeformer.files import write_text
 
-CRASHED = "the process ended while it was measured"
-
 
 class Records:
-    """Entries by section and name; `trying` marks the one in hand, so that a crash is not repeated."""
+    """Entries by section and name."""
 
     def __init__(self, path: Path, table: dict[str, Any]) -> None:
         self.path = path
@@ -31,18 +27,6 @@ class Records:
     def add(self, section: str, name: str, entry: dict[str, Any]) -> None:
         self.section(section)[name] = entry
         self.write()
-
-    @contextmanager
-    def trying(self, section: str, name: str) -> Iterator[None]:
-        self.table["trying"] = [section, name]
-        self.write()
-        try:
-            yield
-        except KeyboardInterrupt:
-            del self.table["trying"]
-            self.write()
-            raise
-        del self.table["trying"]
 
     def write(self) -> None:
         write_text(self.path, json.dumps(self.table, indent=1) + "\n")
@@ -66,8 +50,4 @@ def open_records(out: Path, machine: Machine) -> Records:
         names = [f"{today}.json", *(f"{today}-{number}.json" for number in range(2, 100))]
         free = next(name for name in names if not (folder / name).exists())
         records = Records(folder / free, {**wanted, "date": today})
-    table = records.table
-    if crashed := table.pop("trying", None):
-        section, name = crashed
-        records.add(section, name, {"skipped": CRASHED})
     return records

@@ -1,6 +1,4 @@
-"""The tuner as a section of `make gpu`.
-
-    python -m benchmarks.tuning [--seconds 200] [--out FOLDER] [--interpret]
+"""The tuner as a phase of `make gpu`.
 
 Tiles go where they take effect, into the user's cache, and a copy beside the results.
 """
@@ -8,30 +6,48 @@ Tiles go where they take effect, into the user's cache, and a copy beside the re
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
-from benchmarks.machine import RESULTS, Machine, section_arguments, this_machine
-from segdeformer.cli.bench import describe
-from segdeformer.errors import UserError
+from benchmarks.machine import RESULTS, Machine
+from benchmarks.phases import Session, seconds_left
+from segdeformer.kernels.crew import Crew, Work
+from segdeformer.kernels.races import decoder_races
 from segdeformer.kernels.tiles import user_tuned
-from segdeformer.kernels.tune import FULL_SIZES, Sizes, Tried, tune
+from segdeformer.kernels.tune import FULL_SIZES, Sizes, tune
+from segdeformer.kernels.tune_events import OutOfTime, Skipped, Tried, describe
+from segdeformer.kernels.tune_problems import decoder_problems
+
+REHEARSED_SIZES = Sizes(most_pixels=64, odd=50, candidates=1)
 
 
-def main() -> None:
-    arguments = section_arguments(__doc__)
-    machine = this_machine()
-    copy = arguments.out / machine.slug / "tuned.json"
-    sizes = Sizes(most_pixels=64, odd=50, candidates=2) if machine.is_rehearsal else FULL_SIZES
+def run(session: Session, *, measure: Work | None = None) -> int:
+    """Tune what is not tuned yet; how many kernels and races are left."""
+    machine = session.machine
+    copy = session.records.path.with_name("tuned.json")
     path = copy if machine.is_rehearsal else user_tuned() / f"{machine.slug}.json"
+    problems, races = decoder_problems(machine.device), decoder_races(machine.device)
+    if machine.is_rehearsal:
+        problems, races = problems[:2], [races[1], races[-1]]
     _take_along(path, machine, copy)
-    try:
-        for event in tune(path, machine.device, seconds=arguments.seconds, copy=copy, sizes=sizes):
-            if not isinstance(event, Tried) or isinstance(event.outcome, str):
-                print(describe(event), flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(3)  # to be started again: it goes on after what went wrong
+    num_left = 0
+    for event in tune(
+        path,
+        machine.device,
+        seconds=seconds_left(session),
+        copy=copy,
+        problems=problems,
+        races=races,
+        sizes=REHEARSED_SIZES if machine.is_rehearsal else FULL_SIZES,
+        crew=Crew(patience_s=session.patience_s),
+        measure=measure,
+    ):
+        if not isinstance(event, Tried) or isinstance(event.outcome, str):
+            print(describe(event), flush=True)
+        if isinstance(event, OutOfTime):
+            num_left += event.num_left
+        elif isinstance(event, Skipped):
+            num_left += 1
+    return num_left
 
 
 def _take_along(path: Path, machine: Machine, copy: Path) -> None:
@@ -40,7 +56,3 @@ def _take_along(path: Path, machine: Machine, copy: Path) -> None:
     if earlier and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(earlier[0], path)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,5 @@
 """Loss and winners of upsampled logits: our kernels and strips against the two textbook lines.
 
-    python -m benchmarks.upsampling [--seconds 60] [--out FOLDER] [--interpret]
-
 The two lines are F.interpolate(mode="bilinear", align_corners=False) and F.cross_entropy or argmax, eager and
 through torch.compile. Every contender's loss, gradient or winners are checked against float64 first; those
 that are right run in turn, the L2 cache flushed before each.
@@ -11,34 +9,27 @@ B batch, K classes, hw map, HW image.
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels import first_run, known_ceilings, summary
-from benchmarks.machine import (
-    Machine,
-    alternating_ms,
-    free_bytes,
-    peak_mib,
-    section_arguments,
-    short,
-    this_machine,
-)
-from benchmarks.records import Records, open_records
+from benchmarks.kernels import first_run, know_ceilings, summary
+from benchmarks.machine import Machine, free_bytes, peak_mib, short, timings
+from benchmarks.phases import Session, begin_contender, measure_rows
+from segdeformer.kernels.crew import COMPILE_PATIENCE_S, stage
+from segdeformer.kernels.tune import EXACT_PATIENCE_S
 from segdeformer.kernels.upsample_argmax import upsample_argmax
 from segdeformer.kernels.upsample_cross_entropy import upsample_cross_entropy
 from segdeformer.kernels.upsample_oracle import TIE_ROUNDINGS, winners_error
 from segdeformer.kernels.upsample_races import LossMatch, make_loss_task
 
-ROW_SECONDS = 1.0
+ROW_SECONDS = 0.6
 FULL_SIZE_COPIES = 5  # that the two lines may hold at once: logits, log-softmax, gradients
 SHAPES = ((16, 150, 128, 512), (4, 19, 256, 1024))  # batch, classes, sides of map and image
-REHEARSED_SHAPES = ((1, 150, 2, 8), (2, 19, 2, 8))
+REHEARSED_SHAPES = ((2, 19, 2, 8),)
 IGNORE = 255
 
 
@@ -73,16 +64,20 @@ class UpsamplingRow(NamedTuple):
         return logits * (2 if self.training else 1) + pixels
 
 
-def rows(machine: Machine) -> Iterator[UpsamplingRow]:
-    """All comparisons, those of the goals first."""
+def first_rows(machine: Machine) -> list[UpsamplingRow]:
+    """Those of the goals: training's loss, a prediction's winners, in the usual dtype."""
     shapes = REHEARSED_SHAPES if machine.is_rehearsal else SHAPES
-    for dtype in (machine.halves[0], torch.float32):
-        for shape in shapes:
-            yield UpsamplingRow("loss", *shape, dtype, training=True)
-            yield UpsamplingRow("winners", *shape, dtype, training=False)
-    for dtype in (machine.halves[0], torch.float32):
-        for shape in shapes:
-            yield UpsamplingRow("loss", *shape, dtype, training=False)
+    kinds = (("loss", True), ("winners", False))
+    return [UpsamplingRow(what, *s, machine.halves[0], training) for s in shapes for what, training in kinds]
+
+
+def further_rows(machine: Machine) -> list[UpsamplingRow]:
+    """In float32, and the loss alone."""
+    first = first_rows(machine)
+    forward = [row._replace(training=False) for row in first if row.training]
+    if machine.is_rehearsal:
+        return []
+    return [row._replace(dtype=torch.float32) for row in first] + forward
 
 
 def two_lines_of_loss(logits_BKhw: Tensor, labels_BHW: Tensor) -> Tensor:
@@ -112,7 +107,7 @@ def contenders(row: UpsamplingRow, machine: Machine) -> dict[str, Callable[[Tens
         "ours (triton)": functools.partial(ours, impl="triton"),
         "ours (strips)": functools.partial(ours, impl="sdpa"),  # any name that is not theirs takes the strips
         "eager": textbook,
-        "torch.compile": torch.compile(textbook, dynamic=False, backend=backend),
+        "torch.compile": torch.compile(textbook, dynamic=False, fullgraph=True, backend=backend),
     }
 
 
@@ -154,13 +149,18 @@ class Inputs:
         return shortfall, None
 
 
-def measure(row: UpsamplingRow, machine: Machine, copy_gb_per_s: float) -> dict[str, Any]:
-    """Check everyone, then time those that are right."""
+def measure(row: UpsamplingRow, machine: Machine, without: Mapping[str, str]) -> dict[str, Any]:
+    """Check everyone but those `without`, for these reasons; then time those that are right."""
+    stage("exact results", EXACT_PATIENCE_S)
     inputs = Inputs(row, machine)
     entries: dict[str, dict[str, Any]] = {}
     runs: dict[str, Callable[[], object]] = {}
     for name, function in contenders(row, machine).items():
         entry = entries[name] = {}
+        if name in without:
+            entry["refused"] = without[name]
+            continue
+        begin_contender(name, COMPILE_PATIENCE_S if name == "torch.compile" else None)
         if not name.startswith("ours") and FULL_SIZE_COPIES * row.full_bytes > 0.8 * free_bytes(machine):
             entry["refused"] = (
                 f"too little memory for several full-size logits, {row.full_bytes / 2**30:.1f} GiB"
@@ -175,41 +175,13 @@ def measure(row: UpsamplingRow, machine: Machine, copy_gb_per_s: float) -> dict[
         peak = peak_mib(run, machine)
         entry["peak_mib"] = None if peak is None else round(peak, 1)
         runs[name] = run
-    for name, ms in alternating_ms(runs, machine, seconds=ROW_SECONDS).items():
-        gb_per_s = row.least_bytes / ms / 1e6
-        entries[name] |= {
-            "ms": short(ms),
-            "least_gb_per_s": short(gb_per_s),
-            "share_of_copy": short(gb_per_s / copy_gb_per_s),
-        }
+    for name, (ms, eager_ms) in timings(runs, machine, seconds=ROW_SECONDS).items():
+        gb_per_s = short(row.least_bytes / ms / 1e6)
+        entries[name] |= {"ms": short(ms), "eager_ms": short(eager_ms), "least_gb_per_s": gb_per_s}
     return {**row._asdict(), "dtype": str(row.dtype), "contenders": entries}
 
 
-def run(records: Records, machine: Machine, *, seconds: float) -> None:
-    """All rows that are not recorded yet, until the time is over."""
-    deadline = time.monotonic() + seconds
-    copy_gb_per_s = known_ceilings(records, machine)["copy_gb_per_s"]
-    todo = [row for row in rows(machine) if row.name not in records.section("upsampling")]
-    for place, row in enumerate(todo):
-        if time.monotonic() >= deadline:
-            print(f"out of time with {len(todo) - place} rows left; run again to go on")
-            return
-        with records.trying("upsampling", row.name):
-            try:
-                entry = measure(row, machine, copy_gb_per_s)
-            except torch.OutOfMemoryError as error:
-                entry = {"skipped": f"out of memory: {str(error).splitlines()[0]}"}
-        records.add("upsampling", row.name, entry)
-        print(summary(row.name, entry), flush=True)
-
-
-def main() -> None:
-    arguments = section_arguments(__doc__)
-    began = time.monotonic()
-    machine = this_machine()
-    records = open_records(arguments.out, machine)
-    run(records, machine, seconds=arguments.seconds - (time.monotonic() - began))
-
-
-if __name__ == "__main__":
-    main()
+def run(session: Session, wanted: Iterable[UpsamplingRow]) -> int:
+    """Measure what is not recorded yet; how many rows are left."""
+    know_ceilings(session)
+    return measure_rows(session, "upsampling", {row.name: row for row in wanted}, measure, summary=summary)

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from segdeformer.kernels.tune import Event
-    from segdeformer.kernels.tune_problems import Problem
+    from segdeformer.kernels.tune_events import Event
 
 
 TABLES, SPEED, TUNING = "With --params and --fps", "With --fps", "With --tune"  # headings of --help
@@ -225,43 +224,12 @@ def _gpu(name: str) -> torch.device:
 
 def _show(console: Console, events: Iterator[Event]) -> None:
     """A status line for each candidate, a line that stays for each result."""
-    from segdeformer.kernels.tune import Tried
+    from segdeformer.kernels.tune_events import Compiling, Tried, describe
 
     began = time.monotonic()
     with console.status("compiling") as status:
         for event in events:
             line = describe(event)
             status.update(f"{time.monotonic() - began:.0f} s  {line}")
-            if not isinstance(event, Tried):
+            if not isinstance(event, Tried | Compiling):
                 console.print(line)
-
-
-def describe(event: Event) -> str:
-    """An event of the tuner in one line."""
-    from segdeformer.kernels.races import Fought
-    from segdeformer.kernels.tune import OutOfTime, Settled, Skipped, Tried
-
-    match event:
-        case Tried(problem, tile, outcome):
-            result = f"not taken: {outcome}" if isinstance(outcome, str) else f"{outcome:.4f} ms"
-            return f"{_problem(problem)}: {tile}: {result}"
-        case Settled(problem, tile, best_ms, default_ms, place, num_problems):
-            default = (
-                "the default tile is not usable" if default_ms is None else f"default {default_ms:.4f} ms"
-            )
-            return f"{place}/{num_problems} {_problem(problem)}: {tile}: {best_ms:.4f} ms ({default})"
-        case Skipped(problem, reason):
-            return f"{_problem(problem)}: no tile: {reason}"
-        case Fought(race, choice, refusals):
-            what = "forward + backward" if race.training else "forward"
-            name = f"{race.operation} {race.width}, {race.value_width}, {race.element_bytes} bytes, {what}"
-            if choice is None:
-                reasons = "; ".join(f"{side}: {reason}" for side, reason in refusals.items())
-                return f"{name}: no race ({reasons})"
-            return f"{name}: triton {choice.triton_ms:.3f} ms, {race.rival} {choice.sdpa_ms:.3f} ms"
-        case OutOfTime(num_left):
-            return f"out of time with {num_left} kernels and races left; run again to go on"
-
-
-def _problem(problem: Problem) -> str:
-    return f"{problem.kernel} {problem.width}, {problem.value_width}, {problem.element_bytes} bytes"

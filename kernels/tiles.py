@@ -10,8 +10,7 @@ holds what `segdeformer bench --tune` measured on one GPU; files in the user's c
      "choices": [the fields of `Choice`], "sources": a digest of the kernels that were measured,
      "candidates": what became of every tile that was tried}
 
-Widths in keys are padded ones, "2" and "4" are bytes of an element. `trying` names a candidate while it
-runs: one that is still there when the file is read again killed its process.
+Widths in keys are padded ones, "2" and "4" are bytes of an element.
 """
 
 from __future__ import annotations

@@ -1,36 +1,43 @@
 """Find the fastest correct tiles of the Triton kernels on one GPU, then where they beat what else would run.
 
 Every candidate's results are checked against float64 before it is timed, at full size and at an odd one. One
-that does not compile, does not fit or is wrong is recorded with its reason and passed over. The file is
-written as it goes, and a second run goes on from it. Nothing is printed: the caller shows the events.
+that does not compile, does not fit, is wrong, crashes or hangs is recorded with its reason and passed over:
+candidates are compiled on all cores, then measured one by one, in processes that a `Crew` watches. Warp
+specialised ones come last, after all kernels have a tile and all races are over: where they are wrong, they
+are so now and then, so they are checked many times, and a good one replaces the tile.
+
+The file is written as it goes, and a second run goes on from it. Nothing is printed: the caller shows the
+events.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import triton
 
-from segdeformer.errors import KernelError
 from segdeformer.kernels.clock import median_ms, synchronize
+from segdeformer.kernels.crew import Crew, Over, Work, num_cores, stage
 from segdeformer.kernels.launch import Launch, interpreting
 from segdeformer.kernels.races import Fought, Race, decoder_races, faster_backward, run_race
-from segdeformer.kernels.tiles import ARCHITECTURES, Tile
+from segdeformer.kernels.tiles import ARCHITECTURES, Tile, forget_tables
 from segdeformer.kernels.tune_candidates import candidate_tiles
+from segdeformer.kernels.tune_events import Compiling, Event, OutOfTime, Settled, Skipped, Tried
 from segdeformer.kernels.tune_problems import Problem, Trial, decoder_problems, dtypes_of
 from segdeformer.kernels.tuned_file import TunedFile, open_tuned
 
 ODD_SIZE = 1000  # no multiple of any block
-COMPILERS = 8
 SHARE_OF_TILES = 0.75  # of the time; the races get what is left
+SPECIALIZED_CHECKS = 10  # a race between warps shows now and then only
+EXACT_PATIENCE_S = 90.0  # float64 answers of large problems
 # What Triton and PyTorch raise for a candidate that is no good. KernelError is a ValueError.
 CANDIDATE_ERRORS = (ValueError, RuntimeError, AssertionError)
 
@@ -40,45 +47,25 @@ class Sizes(NamedTuple):
 
     most_pixels: int | None = None
     odd: int = ODD_SIZE
-    candidates: int | None = None  # at most so many of each problem
+    candidates: int | None = None  # at most so many of each problem, and as many specialised ones
 
 
 FULL_SIZES = Sizes()
 
 
-class Tried(NamedTuple):
-    """A candidate was measured, or turned down."""
+class Place(NamedTuple):
+    """Where and how large."""
+
+    device: torch.device
+    sizes: Sizes
+
+
+class Candidates(NamedTuple):
+    """To be measured by one process after the other, until the deadline (of time.monotonic)."""
 
     problem: Problem
-    tile: Tile
-    outcome: float | str  # milliseconds, or the reason
-
-
-class Settled(NamedTuple):
-    """A kernel has its tile."""
-
-    problem: Problem
-    tile: Tile
-    best_ms: float
-    default_ms: float | None  # None where the default tile was turned down
-    place: int  # of the problem, from 1
-    num_problems: int
-
-
-class Skipped(NamedTuple):
-    """A problem without a tile, and why."""
-
-    problem: Problem
-    reason: str
-
-
-class OutOfTime(NamedTuple):
-    """The time is over; a further run goes on here."""
-
-    num_left: int
-
-
-Event = Tried | Settled | Skipped | Fought | OutOfTime
+    tiles: tuple[Tile, ...]
+    deadline: float
 
 
 def tune(
@@ -91,88 +78,218 @@ def tune(
     problems: list[Problem] | None = None,
     races: list[Race] | None = None,
     sizes: Sizes = FULL_SIZES,
+    crew: Crew | None = None,
+    measure: Work | None = None,
 ) -> Iterator[Event]:
     """Measure what `path` does not hold yet, for about so many seconds; `copy` is a second file to write.
 
-    Raises `KernelError` when a candidate leaves the GPU unusable; the next run passes over it.
+    measure: what the processes do with `Candidates`, if not `measure_tiles`.
     """
     began = time.monotonic()
     file = open_tuned(path, device, again=again, copy=copy)
-    problems = decoder_problems(device) if problems is None else problems
-    todo = [p for p in problems if file.settled(p) is None or _left(file, p, sizes, device)]
-    num_left = 0
-    for place, problem in enumerate(todo):
-        if time.monotonic() >= began + SHARE_OF_TILES * seconds:
-            num_left = len(todo) - place
-            break
-        try:
-            yield from _tune_one(
-                file, problem, device, deadline=began + SHARE_OF_TILES * seconds, sizes=sizes
-            )
-        except torch.OutOfMemoryError as error:
-            yield Skipped(problem, f"out of memory: {str(error).splitlines()[0]}")
-            continue
-        times = {t: ms for t, ms in file.outcomes(problem).items() if not isinstance(ms, str)}
-        if not times:
-            yield Skipped(problem, "no candidate is right")
-            continue
-        best = min(times, key=times.__getitem__)
-        file.settle(problem, best)
-        default_ms = times.get(problem.default_tile(device))
-        yield Settled(problem, best, times[best], default_ms, problems.index(problem) + 1, len(problems))
-    races = decoder_races(device) if races is None else races
-    todo_races = [race for race in races if not file.is_raced(race.key)]
-    for place, race in enumerate(todo_races):
-        if time.monotonic() >= began + seconds:
-            num_left += len(todo_races) - place
-            break
-        yield _race(file, race, device, sizes)
-    if num_left:
-        yield OutOfTime(num_left)
-
-
-def _left(file: TunedFile, problem: Problem, sizes: Sizes, device: torch.device) -> list[Tile]:
-    """The candidates that were not tried yet."""
-    tiles = candidate_tiles(
-        problem.kernel,
-        problem.widths,
-        problem.element_bytes,
-        ARCHITECTURES[file.architecture],
-        problem.default_tile(device),
+    tuner = _Tuner(
+        file,
+        decoder_problems(device) if problems is None else problems,
+        decoder_races(device) if races is None else races,
+        Place(device, sizes),
+        crew or Crew(),
+        measure or functools.partial(measure_tiles, Place(device, sizes)),
     )
-    tried = file.outcomes(problem)
-    return [tile for tile in tiles[: sizes.candidates] if tile not in tried]
+    try:
+        for specialized, share in ((False, SHARE_OF_TILES), (True, 1.0)):
+            yield from tuner.tiles(began + share * seconds, specialized=specialized)
+            yield from tuner.races(began + seconds)
+        if num_left := tuner.num_left():
+            yield OutOfTime(num_left)
+    finally:
+        tuner.crew.close()
+        file.write()
 
 
-def _tune_one(
-    file: TunedFile, problem: Problem, device: torch.device, *, deadline: float, sizes: Sizes
-) -> Iterator[Event]:
-    tiles = _left(file, problem, sizes, device)
-    trials = make_trials(problem, device, sizes)
-    launches = [launch for tile in tiles for trial in trials if (launch := trial.launch(tile)) is not None]
-    if device.type == "cuda" and not interpreting() and not file.crashed_compiling(problem):
-        with file.trying(problem, None), quiet_compiler(), torch.cuda.device(device):
-            compile_together(launches)
-    for tile in tiles:
-        if time.monotonic() >= deadline and file.outcomes(problem):
+class _Tuner:
+    """The state of a run: the file, and what is wanted in it."""
+
+    def __init__(
+        self,
+        file: TunedFile,
+        problems: list[Problem],
+        races: list[Race],
+        place: Place,
+        crew: Crew,
+        measure: Work,
+    ) -> None:
+        self.file = file
+        self.problems = problems
+        self.all_races = races
+        self.place = place
+        self.crew = crew
+        self.measure = measure
+        self.given_up: set[Problem | Race] = set()  # in this run
+
+    def num_left(self) -> int:
+        """Kernels with candidates that were not tried, and races that were not run."""
+        left = [p for p in self.problems if self._left(p, specialized=False) or self._left(p, specialized=True)]
+        return len(set(left) - self.given_up) + len(self._races_left())
+
+    def _left(self, problem: Problem, *, specialized: bool) -> tuple[Tile, ...]:
+        """The candidates that were not tried yet."""
+        tiles = candidate_tiles(
+            problem.kernel,
+            problem.widths,
+            problem.element_bytes,
+            ARCHITECTURES[self.file.architecture],
+            problem.default_tile(self.place.device),
+        )
+        tried = self.file.outcomes(problem)
+        wanted = [tile for tile in tiles if tile.warp_specialize == specialized]
+        return tuple(tile for tile in wanted[: self.place.sizes.candidates] if tile not in tried)
+
+    def tiles(self, deadline: float, *, specialized: bool) -> Iterator[Event]:
+        """Compile, check and time the candidates of every problem, and settle on the fastest."""
+        todo = deque(
+            Candidates(problem, tiles, deadline)
+            for problem in self.problems
+            if (tiles := self._left(problem, specialized=specialized)) and problem not in self.given_up
+        )
+        if self.place.device.type == "cuda" and not interpreting():
+            yield from self._compile(todo, deadline)
+        for task, news in self.crew.run(self.measure, todo, deadline=deadline):
+            if isinstance(news, Tried):
+                self.file.record(*news)
+                yield news
+                continue
+            assert isinstance(news, Over)
+            left = self._left(task.problem, specialized=specialized)
+            if news.lost is not None:
+                culprit = next((tile for tile in left if repr(tile) == news.stage), None)
+                if culprit is None:
+                    self.given_up.add(task.problem)
+                    yield Skipped(task.problem, f"{news.stage}: {news.lost}")
+                    continue
+                yield self._turn_down(task.problem, culprit, news.lost)
+                if len(left) > 1:
+                    todo.appendleft(task._replace(tiles=tuple(t for t in left if t != culprit)))
+                    continue
+            yield self._settle(task.problem)
+
+    def _turn_down(self, problem: Problem, tile: Tile, reason: str) -> Tried:
+        self.file.record(problem, tile, reason)
+        self.file.write()
+        return Tried(problem, tile, reason)
+
+    def _compile(self, todo: deque[Candidates], deadline: float) -> Iterator[Event]:
+        """Fill Triton's cache; a candidate that takes the compiler with it is turned down."""
+        each = deque(task._replace(tiles=(tile,)) for task in todo for tile in task.tiles)
+        work = functools.partial(compile_tile, self.place)
+        lost = set()
+        for task, over in self.crew.run(work, each, workers=num_cores(), deadline=deadline):
+            if over.lost is not None:
+                lost.add((task.problem, task.tiles[0]))
+                yield self._turn_down(task.problem, task.tiles[0], f"the compiler: {over.lost}")
+            yield Compiling(len(each))
+        self.crew.close()  # they hold memory of the GPU
+        kept = [t._replace(tiles=tuple(x for x in t.tiles if (t.problem, x) not in lost)) for t in todo]
+        todo.clear()
+        todo.extend(task for task in kept if task.tiles)
+
+    def _settle(self, problem: Problem) -> Event:
+        times = {t: ms for t, ms in self.file.outcomes(problem).items() if not isinstance(ms, str)}
+        if not times:
+            self.file.write()
+            return Skipped(problem, "no candidate is right")
+        best = min(times, key=times.__getitem__)
+        self.file.settle(problem, best)
+        default_ms = times.get(problem.default_tile(self.place.device))
+        place = self.problems.index(problem) + 1
+        return Settled(problem, best, times[best], default_ms, place, len(self.problems))
+
+    def _races_left(self) -> list[Race]:
+        return [r for r in self.all_races if r not in self.given_up and not self.file.is_raced(r.key)]
+
+    def races(self, deadline: float) -> Iterator[Event]:
+        """Fused against chunked backward, then Triton against its rival, with the tiles just found."""
+        self.crew.close()  # a process may remember older tiles
+        todo: deque[tuple[Race, bool]] = deque()
+        for race in self._races_left():
+            todo += [(race, True)] if race.has_two_backwards else []
+            todo.append((race, False))
+        work = functools.partial(fight, self.place)
+        for (race, of_backwards), news in self.crew.run(work, todo, deadline=deadline):
+            if isinstance(news, str):
+                self.file.table["backward"].setdefault(race.widths_key, {})[str(race.element_bytes)] = news
+                self.file.write()
+            elif isinstance(news, Fought):
+                if news.choice is not None:
+                    self.file.add_choice(news.choice)
+                else:
+                    self.given_up.add(race)
+                yield news
+            elif news.lost is not None and not of_backwards:
+                self.given_up.add(race)
+                yield Fought(race, None, {news.stage: news.lost})
+
+
+def measure_tiles(place: Place, task: Candidates) -> Iterator[Tried]:
+    """Check and time one candidate after the other; one that spoils the GPU ends the process."""
+    stage("inputs and exact results", EXACT_PATIENCE_S)
+    trials = make_trials(task.problem, place)
+    for tile in task.tiles:
+        if time.monotonic() >= task.deadline:
             return
-        with file.trying(problem, tile), quiet_compiler():
-            outcome = try_tile(trials, tile, device)
-        file.record(problem, tile, outcome)
-        _check_alive(file, problem, tile, device)
-        yield Tried(problem, tile, outcome)
+        stage(repr(tile))
+        with quiet_compiler():
+            outcome = try_tile(trials, tile, place.device)
+        synchronize(place.device)
+        yield Tried(task.problem, tile, outcome)
 
 
-def make_trials(problem: Problem, device: torch.device, sizes: Sizes) -> list[Trial]:
-    """The problem at its own size, which is timed, and at an odd one that needs every mask."""
+def compile_tile(place: Place, task: Candidates) -> Iterator[Any]:
+    """Compile one candidate; what fails here with an error fails again, with its reason, when it is tried."""
+    with quiet_compiler(), contextlib.suppress(*CANDIDATE_ERRORS):
+        for trial in _launchable(task.problem, place):
+            if (launch := trial.launch(task.tiles[0])) is not None:
+                stage(f"{task.problem.kernel} with tile {task.tiles[0]}")
+                compile_launch(launch)
+    yield from ()
+
+
+def fight(place: Place, task: tuple[Race, bool]) -> Iterator[str | Fought]:
+    """The faster form of the backward, or the race itself."""
+    race, of_backwards = task
+    stage("both", EXACT_PATIENCE_S)
+    forget_tables()
+    try:
+        if of_backwards:
+            yield faster_backward(race, place.device, most_pixels=place.sizes.most_pixels)
+        else:
+            yield run_race(race, place.device, most_pixels=place.sizes.most_pixels)
+    except torch.OutOfMemoryError as error:
+        if not of_backwards:
+            yield Fought(race, None, {"both": f"out of memory: {str(error).splitlines()[0]}"})
+    synchronize(place.device)
+
+
+def make_trials(problem: Problem, place: Place, *, exact: bool = True) -> list[Trial]:
+    """The problem at its own size, which is timed, and at an odd one that needs every mask.
+
+    exact: with the exact results, by which they can be judged.
+    """
+    device, sizes = place
     timed_dtype, odd_dtype = dtypes_of(problem.element_bytes, device)
     few = problem.kernel == "attention_forward_few_keys"
     pixels = min(problem.num_pixels, sizes.most_pixels or problem.num_pixels)
     keys = problem.num_keys(device) if few else pixels
+    odd_keys = keys - 1 if few else sizes.odd
     return [
-        Trial(problem, pixels, keys, dtype=timed_dtype, device=device),
-        Trial(problem, sizes.odd, keys - 1 if few else sizes.odd, dtype=odd_dtype, device=device),
+        Trial(problem, pixels, keys, dtype=timed_dtype, device=device, exact=exact),
+        Trial(problem, sizes.odd, odd_keys, dtype=odd_dtype, device=device, exact=exact),
     ]
+
+
+@functools.lru_cache(maxsize=1)
+def _launchable(problem: Problem, place: Place) -> list[Trial]:
+    """One process compiles many candidates of a problem."""
+    return make_trials(problem, place, exact=False)
 
 
 def try_tile(trials: list[Trial], tile: Tile, device: torch.device) -> float | str:
@@ -182,14 +299,16 @@ def try_tile(trials: list[Trial], tile: Tile, device: torch.device) -> float | s
             launch = trial.launch(tile)
             if launch is None:
                 return "not for these sizes"
-            trial.poison()
-            launch.run()
-            synchronize(device)
-            if (reason := trial.wrong()) is not None:
-                return reason
+            for _ in range(SPECIALIZED_CHECKS if tile.warp_specialize else 1):
+                trial.poison()
+                launch.run()
+                synchronize(device)
+                if (reason := trial.wrong()) is not None:
+                    return reason
         timed = trials[0].launch(tile)
         assert timed is not None
-        return median_ms(timed.run, device)
+        ms = median_ms(timed.run, device)
+        return ms if (reason := trials[0].wrong()) is None else f"one run after the other: {reason}"
     except CANDIDATE_ERRORS as error:
         return " ".join(str(error).split())[-300:] or type(error).__name__
 
@@ -208,43 +327,10 @@ def quiet_compiler() -> Iterator[None]:
         os.close(nowhere)
 
 
-def compile_together(launches: Iterable[Launch]) -> None:
-    """Compile in threads; what fails here fails again, with its reason, when it is tried."""
-    with ThreadPoolExecutor(COMPILERS) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
-        for launch in launches:
-            with contextlib.suppress(*CANDIDATE_ERRORS):
-                launch.kernel.warmup(
-                    **launch.tensors,
-                    **launch.numbers,
-                    **launch.constants,
-                    grid=launch.grid,
-                    **launch.options,
-                )
-
-
-def _check_alive(file: TunedFile, problem: Problem, tile: Tile, device: torch.device) -> None:
-    """Errors of some kernels stay: then nothing else can run in this process."""
-    try:
-        synchronize(device)
-    except RuntimeError as error:
-        file.write()
-        reason = str(error).splitlines()[0]
-        raise KernelError(
-            f"{problem.kernel} with tile {tile} left the GPU unusable ({reason}); "
-            "run the same command again: it goes on after this candidate"
-        ) from None
-
-
-def _race(file: TunedFile, race: Race, device: torch.device, sizes: Sizes) -> Fought:
-    """Fused against chunked backward, then Triton against its rival, with the tiles just found."""
-    try:
-        if race.has_two_backwards:
-            form = faster_backward(race, device, most_pixels=sizes.most_pixels)
-            file.table["backward"].setdefault(race.widths_key, {})[str(race.element_bytes)] = form
-            file.write()
-        fought = run_race(race, device, most_pixels=sizes.most_pixels)
-    except torch.OutOfMemoryError as error:
-        return Fought(race, None, {"both": f"out of memory: {str(error).splitlines()[0]}"})
-    if fought.choice is not None:
-        file.add_choice(fought.choice)
-    return fought
+def compile_launch(launch: Launch) -> None:
+    """Compile it for the current device without running it."""
+    device = next(iter(launch.tensors.values())).device
+    with torch.cuda.device(device):
+        launch.kernel.warmup(
+            **launch.tensors, **launch.numbers, **launch.constants, grid=launch.grid, **launch.options
+        )

@@ -1,8 +1,7 @@
 """The file of one GPU's measurements while it is being made; `tiles` describes it and reads it.
 
 Beside what `tiles` reads it keeps every candidate's time, or why it was turned down, so that a killed run
-goes on where it was; and the candidate in hand, so that one that hangs or crashes the process is not tried
-twice.
+goes on where it was and tries nothing twice that hangs or crashes.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +20,8 @@ from segdeformer.files import write_text
 from segdeformer.kernels.commit import commit
 from segdeformer.kernels.launch import kernel_sources
 from segdeformer.kernels.plans import forget_plans
-from segdeformer.kernels.tiles import Choice, Tile, architecture_of
+from segdeformer.kernels.tiles import Choice, Tile, architecture_of, padded_width
 from segdeformer.kernels.tune_problems import Problem
-
-ENDED = "the process ended while it was tried"
 
 
 class TunedFile:
@@ -52,7 +47,7 @@ class TunedFile:
         return {
             Tile(*row["tile"]): row["ms"] if "ms" in row else row["reason"]
             for row in self.table["candidates"]
-            if _names(row, problem) and row["tile"] is not None
+            if _names(row, problem)
         }
 
     def record(self, problem: Problem, tile: Tile, outcome: float | str) -> None:
@@ -64,8 +59,8 @@ class TunedFile:
     def settle(self, problem: Problem, tile: Tile) -> None:
         """This is the problem's tile; races that were run with another one no longer count."""
         if tile != self.settled(problem):
-            old, size = self.table["choices"], problem.element_bytes
-            self.table["choices"] = [choice for choice in old if choice["element_bytes"] != size]
+            old = self.table["choices"]
+            self.table["choices"] = [choice for choice in old if not _takes(choice, problem)]
         of_kernel = self.table["tiles"].setdefault(problem.kernel, {})
         of_kernel.setdefault(problem.widths_key, {})[str(problem.element_bytes)] = list(tile)
         self.write()
@@ -82,21 +77,6 @@ class TunedFile:
     def add_choice(self, choice: Choice) -> None:
         self.table["choices"].append(choice._asdict())
         self.write()
-
-    @contextmanager
-    def trying(self, problem: Problem, tile: Tile | None) -> Iterator[None]:
-        """Note on disk what is in hand (None: many tiles); only a process that ends here leaves it."""
-        self.table["trying"] = {**_name(problem), "tile": tile and list(tile)}
-        self.write()
-        try:
-            yield
-        finally:
-            del self.table["trying"]
-            self.write()
-
-    def crashed_compiling(self, problem: Problem) -> bool:
-        """Whether a process ended while it compiled this problem's candidates together."""
-        return any(_names(row, problem) and row["tile"] is None for row in self.table["candidates"])
 
 
 def open_tuned(path: Path, device: torch.device, *, again: bool, copy: Path | None = None) -> TunedFile:
@@ -120,10 +100,7 @@ def open_tuned(path: Path, device: torch.device, *, again: bool, copy: Path | No
     if not isinstance(table, dict) or {key: table.get(key) for key in header} != header:
         table = {"tiles": {}, "backward": {}, "choices": [], "candidates": []}
     now = {**header, "commit": commit(), "date": datetime.date.today().isoformat()}
-    file = TunedFile(path, {**now, **{key: table[key] for key in table if key not in now}}, copy)
-    if (unfinished := file.table.pop("trying", None)) is not None:
-        file.table["candidates"].append({**unfinished, "reason": ENDED})
-    return file
+    return TunedFile(path, {**now, **{key: table[key] for key in table if key not in now}}, copy)
 
 
 def _name(problem: Problem) -> dict[str, str | int]:
@@ -132,6 +109,14 @@ def _name(problem: Problem) -> dict[str, str | int]:
 
 def _names(row: dict[str, Any], problem: Problem) -> bool:
     return all(row[key] == value for key, value in _name(problem).items())
+
+
+def _takes(choice: dict[str, Any], problem: Problem) -> bool:
+    """Whether a race was run with the problem's kernel, if perhaps in one of its directions only."""
+    operation = "external_attention" if problem.is_external else "attention"
+    widths = padded_width(choice["width"]), padded_width(choice["value_width"])
+    mine = (operation, problem.widths, problem.element_bytes)
+    return (choice["operation"], widths, choice["element_bytes"]) == mine
 
 
 def _one_line(found: re.Match[str]) -> str:

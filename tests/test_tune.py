@@ -1,10 +1,12 @@
 """The tuner: what it tries, that wrong and failing kernels lose, that its file is used and gone on with."""
 
+import functools
 import json
 import math
-import shutil
+import time
 from types import SimpleNamespace
 
+import faulty_kernels
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -14,10 +16,12 @@ from segdeformer.errors import KernelError, UserError
 from segdeformer.kernels import tune as tuner
 from segdeformer.kernels import tuned_file
 from segdeformer.kernels.attention import attention, attention_reference
+from segdeformer.kernels.crew import Crew, Over
 from segdeformer.kernels.launch import Launch
 from segdeformer.kernels.oracle import answer, largest_allowed, worst_row_error
 from segdeformer.kernels.races import Fought, Race, decoder_races
 from segdeformer.kernels.tiles import (
+    ARCHITECTURES,
     Choice,
     Tile,
     backward_form,
@@ -25,18 +29,33 @@ from segdeformer.kernels.tiles import (
     forget_tables,
     measured_choices,
 )
-from segdeformer.kernels.tune import OutOfTime, Settled, Sizes, Tried, tune
+from segdeformer.kernels.tune import Place, Sizes, tune
+from segdeformer.kernels.tune_candidates import candidate_tiles
+from segdeformer.kernels.tune_events import OutOfTime, Settled, Skipped, Tried, describe
 from segdeformer.kernels.tune_problems import Problem, Trial, decoder_problems
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-SMALL = Sizes(most_pixels=48, odd=33, candidates=2)
+SMALL = Sizes(most_pixels=48, odd=33, candidates=1)
 FORWARD = Problem("attention_forward", 32, 19, 2, 48)
 EXTERNAL = Problem("external_backward_keys", 19, 19, 4, 48)
 RACE = Race("attention", 32, 32, 2, True, 48)
 
 
+class HereAndNow:
+    """A crew without processes: the tests can change what it does."""
+
+    def run(self, work, tasks, *, workers=1, deadline=math.inf):
+        while tasks and time.monotonic() < deadline:
+            task = tasks.popleft()
+            yield from ((task, result) for result in work(task))
+            yield task, Over()
+
+    def close(self):
+        pass
+
+
 def run(path, *, problems=(FORWARD, EXTERNAL), races=(RACE,), seconds=100.0, **options):
-    options = {"sizes": SMALL, "seconds": seconds, **options}
+    options = {"sizes": SMALL, "seconds": seconds, "crew": HereAndNow(), **options}
     return list(tune(path, DEVICE, problems=list(problems), races=list(races), **options))
 
 
@@ -94,6 +113,81 @@ def test_the_fastest_right_candidate_is_settled_on(tmp_path, monkeypatch):
     assert [row.get("reason") for row in table["candidates"]] == [None, "wrong out", None]
 
 
+def test_specialised_tiles_come_after_everything_else_and_are_checked_again_and_again(tmp_path, monkeypatch):
+    plain, specialized = Tile(16, 16, 4, 1), Tile(16, 32, 4, 1, True, True)
+    monkeypatch.setattr(tuner, "candidate_tiles", lambda *case: [specialized, plain])
+    path, checked, settled_before = tmp_path / "gpu.json", [], []
+    honest = Launch.run
+
+    def noted(launch):
+        honest(launch)
+        checked.append(launch.tile)
+        if launch.tile == specialized:
+            settled_before.append(json.loads(path.read_text())["choices"] != [])
+
+    monkeypatch.setattr(Launch, "run", noted)
+    monkeypatch.setattr(tuner, "median_ms", lambda run, device: 1.0 if checked[-1] == specialized else 2.0)
+    events = run(path, problems=[FORWARD], sizes=SMALL._replace(candidates=None))
+    kinds = [type(event).__name__ for event in events]
+    assert kinds == ["Tried", "Settled", "Fought", "Tried", "Settled", "Fought"]
+    assert [event.tile for event in events if isinstance(event, Settled)] == [plain, specialized]
+    assert all(settled_before[:20])
+    assert checked.count(specialized) >= 20  # ten times at each of two sizes
+    assert len(json.loads(path.read_text())["choices"]) == 1
+
+
+def test_a_specialised_tile_that_is_wrong_once_in_ten_times_is_turned_down(monkeypatch):
+    trials = [Trial(FORWARD, 48, 48, dtype=torch.float16, device=DEVICE)]
+    honest, runs = Launch.run, []
+
+    def wrong_now_and_then(launch):
+        honest(launch)
+        runs.append(launch)
+        if len(runs) == 7:
+            launch.tensors["out"][0, 5] += 0.1
+
+    monkeypatch.setattr(Launch, "run", wrong_now_and_then)
+    assert isinstance(tuner.try_tile(trials, Tile(16, 16, 4, 1), DEVICE), float)
+    assert len(runs) == 2  # checked once, timed once
+    runs.clear()
+    outcome = tuner.try_tile(trials, Tile(16, 16, 4, 1, False, True), DEVICE)
+    assert outcome.startswith("wrong out: worst row off by")
+    assert len(runs) == 7
+
+
+def test_a_tile_that_is_wrong_only_when_it_is_timed_is_turned_down(monkeypatch):
+    trials = [Trial(FORWARD, 48, 48, dtype=torch.float16, device=DEVICE)]
+
+    def overtaken(run, device):
+        run()
+        trials[0].outputs[0].result[0, 3] += 0.1
+        return 1.0
+
+    monkeypatch.setattr(tuner, "median_ms", overtaken)
+    outcome = tuner.try_tile(trials, Tile(16, 16, 4, 1), DEVICE)
+    assert outcome.startswith("one run after the other: wrong out")
+
+
+@pytest.mark.parametrize("problem", decoder_problems(torch.device("cpu")), ids=lambda p: str(p[:3]))
+def test_what_is_compiled_ahead_is_what_is_measured(problem):
+    keys = 21 if problem.kernel.endswith("few_keys") else 33
+    told, untold = (
+        Trial(problem, 33, keys, dtype=torch.float16, device=DEVICE, exact=exact).launch(Tile(16, 32, 4, 1))
+        for exact in (True, False)
+    )
+    assert told.kernel is untold.kernel
+    assert (told.grid, told.numbers, told.constants) == (untold.grid, untold.numbers, untold.constants)
+    shapes = [
+        {name: (t.shape, t.stride(), t.dtype) for name, t in launch.tensors.items()}
+        for launch in (told, untold)
+    ]
+    assert shapes[0] == shapes[1]
+
+
+def test_float32_is_not_tuned():
+    assert {problem.element_bytes for problem in decoder_problems(DEVICE)} == {2}
+
+
 def test_what_was_measured_is_what_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H0")
@@ -104,7 +198,7 @@ def test_what_was_measured_is_what_runs(tmp_path, monkeypatch):
     gpu = torch.device("cuda", 0)
     for problem, tile in settled.items():
         assert choose_tile(problem.kernel, *problem.widths, problem.element_bytes, gpu) == tile
-    fought = next(e for e in events if isinstance(e, Fought))
+    *_, fought = (e for e in events if isinstance(e, Fought))
     assert measured_choices(gpu) == [fought.choice]
     assert isinstance(fought.choice, Choice)
     assert fought.choice.serves("attention", 32, 32, 2, training=True)
@@ -124,26 +218,43 @@ def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, monkeypatch):
     second = run(path)
     assert {e.problem for e in second if isinstance(e, Tried)} == {EXTERNAL}
     assert run(path) == []
-    assert sum(isinstance(e, Tried) for e in run(path, again=True)) == 4
+    assert sum(isinstance(e, Tried) for e in run(path, again=True)) == 3
     monkeypatch.setattr(tuned_file, "kernel_sources", lambda: "other kernels")
-    assert sum(isinstance(e, Tried) for e in run(path)) == 4
+    assert sum(isinstance(e, Tried) for e in run(path)) == 3
 
 
-def test_a_candidate_that_ended_its_process_is_not_tried_again(tmp_path, monkeypatch):
+def test_a_tile_that_hangs_crashes_or_breaks_costs_itself_and_is_not_tried_again(tmp_path):
+    place = Place(DEVICE, SMALL._replace(candidates=4))
     path = tmp_path / "gpu.json"
+    case = FORWARD.kernel, FORWARD.widths, 2
+    tiles = candidate_tiles(*case, ARCHITECTURES["sm_90"], FORWARD.default_tile(DEVICE))
+    plain = [tile for tile in tiles if not tile.warp_specialize][:4]
+    special = [tile for tile in tiles if tile.warp_specialize][:1]
+    faults = {plain[0]: "hangs", plain[1]: "is killed", plain[3]: "raises", special[0]: "hangs"}
+    measure = functools.partial(faulty_kernels.measure_with_faults, place, faults)
+    options = {"problems": [FORWARD], "races": [RACE], "sizes": place.sizes, "measure": measure}
+    with Crew(patience_s=10) as crew:
+        events = run(path, crew=crew, **options)
+    outcomes = {event.tile: event.outcome for event in events if isinstance(event, Tried)}
+    assert outcomes[plain[0]] == outcomes[special[0]] == "hangs: no progress for 10 s"
+    assert outcomes[plain[1]] == "its process was ended by SIGKILL"
+    assert outcomes[plain[3]] == "IndexError: list index out of range"
+    assert isinstance(outcomes[plain[2]], float)
+    settled = [event for event in events if isinstance(event, Settled)]
+    assert {(event.tile, event.default_ms) for event in settled[:1]} == {(plain[2], None)}
+    assert "the default tile is not usable" in describe(settled[0])
+    assert any(isinstance(event, Fought) and event.choice for event in events)
+    assert run(path, **options) == []
+    reasons = [row.get("reason") for row in json.loads(path.read_text())["candidates"]]
+    assert reasons[:2] == ["hangs: no progress for 10 s", "its process was ended by SIGKILL"]
 
-    left_behind = tmp_path / "left_behind.json"
 
-    def while_it_is_tried(trials, tile, device):
-        shutil.copyfile(path, left_behind)
-        return 1.0
-
-    monkeypatch.setattr(tuner, "try_tile", while_it_is_tried)
-    run(path, problems=[FORWARD], races=[], sizes=SMALL._replace(candidates=1))
-    monkeypatch.undo()
-    events = run(left_behind, problems=[FORWARD], races=[])
-    assert sum(isinstance(e, Tried) for e in events) == 1
-    assert json.loads(left_behind.read_text())["candidates"][0]["reason"] == tuned_file.ENDED
+def test_a_problem_without_inputs_is_skipped_and_the_rest_is_measured(tmp_path):
+    with Crew() as crew:
+        measure = functools.partial(faulty_kernels.without_inputs, Place(DEVICE, SMALL), FORWARD)
+        events = run(tmp_path / "gpu.json", races=[], crew=crew, measure=measure)
+    assert Skipped(FORWARD, "start: OutOfMemoryError: CUDA out of memory") in events
+    assert {event.problem for event in events if isinstance(event, Settled)} == {EXTERNAL}
 
 
 @pytest.mark.parametrize("text", ["{", "[1"])

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from benchmarks import check_upsampling, checks, report
+from benchmarks.gpu import check_groups
 from benchmarks.machine import this_machine
 from benchmarks.upsampling import UpsamplingRow, measure
-from segdeformer.cli.bench import describe
+from segdeformer.kernels.tune_events import describe
 from segdeformer.kernels import impl as choosing
 from segdeformer.kernels.impl import choose_upsampling
 from segdeformer.kernels.launch import Launch
@@ -71,8 +72,7 @@ def test_a_kernel_that_is_wrong_loses_its_race_and_fails_its_checks(monkeypatch)
 
     machine = this_machine()
     group = check_upsampling.UpsamplingGroup((2, 2), (8, 8), torch.float32, (2,), check_upsampling.CASES[:2])
-    _, right = checks.run_group(group)
-    assert right["failures"] == []
+    assert [case.failure for case in checks.check_group(checks.Part(group)) if case.failure] == []
     for broken, race, reason, case in [
         (one_loss_off, LOSS, "wrong loss: off by", "loss, 2 classes"),
         (one_slope_missing, LOSS, "wrong gradient: off by nan", "loss, 2 classes"),
@@ -83,12 +83,12 @@ def test_a_kernel_that_is_wrong_loses_its_race_and_fails_its_checks(monkeypatch)
         assert fought.choice is None
         assert reason in fought.refusals["triton"]
         assert f"no race (triton: {reason}" in describe(fought)
-        _, entry = checks.run_group(group)
-        assert any(failure.startswith(case) for failure in entry["failures"])
+        failed = [checked.name for checked in checks.check_group(checks.Part(group)) if checked.failure]
+        assert any(name.startswith(case) for name in failed)
         row = UpsamplingRow(
             "loss" if race.training else "winners", 1, 19, 2, 8, machine.halves[0], race.training
         )
-        contenders = measure(row, machine, 1.0)["contenders"]
+        contenders = measure(row, machine, {})["contenders"]
         assert reason in contenders["ours (triton)"]["refused"]
         assert "ms" in contenders["ours (strips)"]
         assert "ms" in contenders["eager"]
@@ -120,24 +120,42 @@ def test_the_oracle_is_the_textbook_mean_in_float64():
     assert winners_error(task.logits_BKhw, winners.ids_BHW + 7).shortfall == math.inf
 
 
-def test_the_checks_cover_all_that_was_promised():
-    gpu = this_machine()._replace(
-        device=torch.device("cuda", 0), dtypes=(torch.bfloat16, torch.float16, torch.float32)
+def a_gpu():
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    return this_machine()._replace(
+        device=torch.device("cuda", 0), dtypes=dtypes, halves=dtypes[:2], most_pixels=None
     )
-    groups = list(check_upsampling.upsampling_groups(gpu))
+
+
+def test_the_checks_cover_all_that_was_promised():
+    first, further = check_groups(a_gpu())
+    assert {group.dtype for group in first} == {torch.bfloat16}
+    groups = [*first, *further]
     assert len({group.name for group in groups}) == len(groups)
-    scales = {group.full[1] / group.size[1] for group in groups if group.size != (1, 1)}
-    assert {4.0, 16.0, 683 / 171, 1.0, 0.5} <= scales
-    for dtype in gpu.dtypes:
-        of_dtype = [group for group in groups if group.dtype == dtype]
-        assert any(group.size == (1, 1) for group in of_dtype)
-        assert all(set(group.classes) == {2, 19, 150, 171} for group in of_dtype)
-        for group in of_dtype[:2]:
+    upsampling = [group for group in groups if isinstance(group, check_upsampling.UpsamplingGroup)]
+    for dtype in a_gpu().dtypes:
+        of_dtype = [group for group in upsampling if group.dtype == dtype]
+        usual = [group for group in of_dtype if group.full[1] / group.size[1] in (4.0, 683 / 171)]
+        assert len(usual) == 2
+        assert all(set(group.classes) == {2, 19, 150, 171} for group in usual)
+        scales = {group.full[1] / group.size[1] for group in of_dtype if group.size != (1, 1)}
+        assert {4.0, 683 / 171} <= scales
+        if dtype != torch.float16:
+            assert {16.0, 1.0, 0.5} <= scales
+            assert any(group.size == (1, 1) for group in of_dtype)
+        for group in usual:
             assert {case.layout for case in group.cases} == set(check_upsampling.LAYOUTS)
             assert {case.labels_dtype for case in group.cases} == {torch.uint8, torch.int64}
             assert {case.weighted for case in group.cases} == {True, False}
             assert {case.options.get("average", "valid") for case in group.cases} == {"valid", "all"}
             assert {bool(case.options.get("label_smoothing")) for case in group.cases} == {True, False}
+        attentions = [group for group in groups if group not in upsampling and group.dtype == dtype]
+        assert {("attention", 256, 256), ("attention", 256, 150), ("external", 150, 150)} <= {
+            (group.operation, group.width, group.value_width) for group in attentions
+        }
+    for group in groups:
+        names = [name for name, _ in checks.cases_of(group, a_gpu())]
+        assert len(set(names)) == len(names)  # a case that is lost is found by its name
 
 
 def test_the_goals_are_ratios_against_the_two_textbook_lines():

@@ -6,18 +6,20 @@ Two projection styles: `affine` is the paper's equations, `conv_bn_relu` the aut
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segdeformer.config import ContextConfig, ExternalConfig, Projection
 from segdeformer.kernels.attention import attention
 from segdeformer.kernels.external_attention import external_attention
 from segdeformer.kernels.impl import Impl
 from segdeformer.models.layers import TokenConvBNReLU, Tokens, initialise_decoder, keys_of, tokens_of
 from segdeformer.models.momentum import MomentumTokens
+
+if TYPE_CHECKING:  # modules need no recipe
+    from segdeformer.config import ContextConfig, ExternalConfig, Projection
 
 ExternalForm = Literal["low_rank", "plain"]
 MLP_RATIO = 4

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segdeformer.config import EncoderConfig
 from segdeformer.errors import UsageError, UserError
 from segdeformer.models.mit import MIT_SIZES, MiT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from segdeformer.config import EncoderConfig
 
 # timm marks these as of fixed input size, for their training; their code takes any size.
 ANY_SIZE_MODELS = {"MultiScaleVit", "SwiftFormer", "Twins", "VisionTransformerSAM", "Xcit"}

@@ -6,17 +6,20 @@ MLP fusion (Eq. 1) is here, the others are in `upernet` and `fpn`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segdeformer.config import FaPNConfig, FPNConfig, MLPFusionConfig, UperNetConfig
 from segdeformer.errors import UsageError
 from segdeformer.models.fapn import AlignedPyramid
 from segdeformer.models.fpn import FeaturePyramid, PyramidFusion
 from segdeformer.models.layers import ConvBNReLU, Tokens, initialise_decoder, resize, tokens_of
 from segdeformer.models.neck import NECK_SCALES, MultiLevelNeck
 from segdeformer.models.upernet import UperNetFusion
+
+if TYPE_CHECKING:  # modules need no recipe
+    from segdeformer.config import FaPNConfig, FPNConfig, MLPFusionConfig, UperNetConfig
 
 
 class MLPFusion(nn.Module):
@@ -77,7 +80,7 @@ def build_fusion(
 
     Raises `UsageError` for a neck behind a pyramid encoder, `UserError` when `fapn` lacks torchvision.
     """
-    if isinstance(config, MLPFusionConfig):
+    if config.kind == "mlp":
         return MLPFusion(channels, width=config.width, depth=config.depth, projection=config.projection)
     neck = None
     if config.neck:
@@ -88,11 +91,8 @@ def build_fusion(
             )
         neck = MultiLevelNeck(channels)
         strides = [round(stride / scale) for stride, scale in zip(strides, NECK_SCALES, strict=True)]
-    match config:
-        case UperNetConfig():
-            return UperNetFusion(channels, width=config.width, pools=config.pools, neck=neck)
-        case FPNConfig():
-            pyramid: FeaturePyramid | AlignedPyramid = FeaturePyramid(channels, width=config.pyramid_width)
-        case FaPNConfig():
-            pyramid = AlignedPyramid(channels, width=config.pyramid_width)
+    if config.kind == "upernet":
+        return UperNetFusion(channels, width=config.width, pools=config.pools, neck=neck)
+    pyramid_type = FeaturePyramid if config.kind == "fpn" else AlignedPyramid
+    pyramid = pyramid_type(channels, width=config.pyramid_width)
     return PyramidFusion(pyramid, strides, width=config.width, neck=neck)

@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segdeformer.config import ModelConfig, PeerConfig
 from segdeformer.errors import UsageError, UserError
 from segdeformer.models.encoders import explained_download, with_accepted_options
 from segdeformer.models.layers import SegOutput
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from segdeformer.config import ModelConfig, PeerConfig
 
 # What a recipe says elsewhere, or what our frame does itself.
 OURS = {"encoder_name", "encoder_weights", "encoder_output_indices", "in_channels", "classes"}
@@ -151,7 +152,7 @@ def build_peer(config: ModelConfig) -> Peer:
     Raises `UserError` when smp is not installed or the weights cannot be had, `UsageError` when it knows no
     such decoder, encoder or option, or cannot join them.
     """
-    assert isinstance(config.fusion, PeerConfig)
+    assert config.fusion.kind == "peer"
     architecture = _architecture(config.fusion)
     name = _encoder_name(config, config.fusion)
     try:

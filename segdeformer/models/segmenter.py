@@ -7,11 +7,10 @@ neck, four times that; K classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from torch import Tensor, nn
 
-from segdeformer.config import ModelConfig, PeerConfig
 from segdeformer.errors import UsageError
 from segdeformer.kernels.impl import Impl, check_impl
 from segdeformer.models.batch_norms import fused_encoder
@@ -29,6 +28,9 @@ from segdeformer.models.layers import ConvBNReLU, SegOutput, Tokens, initialise_
 from segdeformer.models.momentum import MomentumTokens
 from segdeformer.models.peers import PeerDecoder, PeerEncoder, build_peer
 from segdeformer.models.weights import WeightsReport, load_encoder_weights
+
+if TYPE_CHECKING:  # modules need no recipe
+    from segdeformer.config import ModelConfig
 
 PEER_OBSTACLE = 'fusion.kind = "peer", whose decoder is another package\'s'
 
@@ -183,7 +185,7 @@ def build_decoder(
     its exact low-rank form. Neither changes results beyond rounding.
     Raises `UsageError` for a peer, whose decoder comes with an encoder of its own.
     """
-    if isinstance(config.fusion, PeerConfig):
+    if config.fusion.kind == "peer":
         raise UsageError('`model.fusion.kind` = "peer" is a whole model; use `build_model`')
     context = None
     if config.context is not None:
@@ -210,7 +212,7 @@ def build_model(
     """
     encoder: Encoder | PeerEncoder
     decoder: SegDeformer | PeerDecoder
-    if isinstance(config.fusion, PeerConfig):
+    if config.fusion.kind == "peer":
         encoder, decoder = build_peer(config)
         report = _encoder_report(encoder, config)
     else:
