@@ -134,7 +134,9 @@ def main() -> None:
     if arguments.only is not None:
         names = [phase.name for phase in wanted]
         if arguments.only not in names:
-            parser.error(f"--only {arguments.only}: there is no such phase; expected one of {', '.join(names)}")
+            parser.error(
+                f"--only {arguments.only}: there is no such phase; expected one of {', '.join(names)}"
+            )
         wanted = [phase for phase in wanted if phase.name == arguments.only]
     out: Path = arguments.out or (Path(tempfile.mkdtemp()) if arguments.interpret else RESULTS)
     if arguments.interpret and out.resolve() == RESULTS:

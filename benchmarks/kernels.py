@@ -56,7 +56,9 @@ def first_rows(machine: Machine) -> list[Row]:
     def both(operation: str, c: int, e: int, n: int, keys: int | None = None) -> list[Row]:
         return [one(operation, c, e, n, keys, training=training) for training in (False, True)]
 
-    def one(operation: str, c: int, e: int, n: int, keys: int | None = None, *, training: bool = False) -> Row:
+    def one(
+        operation: str, c: int, e: int, n: int, keys: int | None = None, *, training: bool = False
+    ) -> Row:
         n = min(n, machine.most_pixels or n)
         m = n if keys is None else min(keys, n // 2)
         return Row(operation, c, e, n, m, 1, machine.halves[0], training)
@@ -86,7 +88,11 @@ def further_rows(machine: Machine) -> list[Row]:
     goals = first[:NUM_GOAL_ROWS]
     with_flex = [r for r in first[: NUM_GOAL_ROWS + 2] if r.operation == "internal" or r.value_width == 150]
     return [
-        *(row._replace(with_flex=True) for row in with_flex if (row.operation, row.width) != ("external", 512)),
+        *(
+            row._replace(with_flex=True)
+            for row in with_flex
+            if (row.operation, row.width) != ("external", 512)
+        ),
         *(row._replace(batch=4) for row in goals),
         *(row._replace(dtype=machine.halves[1]) for row in goals),
     ]

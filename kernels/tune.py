@@ -128,7 +128,9 @@ class _Tuner:
 
     def num_left(self) -> int:
         """Kernels with candidates that were not tried, and races that were not run."""
-        left = [p for p in self.problems if self._left(p, specialized=False) or self._left(p, specialized=True)]
+        left = [
+            p for p in self.problems if self._left(p, specialized=False) or self._left(p, specialized=True)
+        ]
         return len(set(left) - self.given_up) + len(self._races_left())
 
     def _left(self, problem: Problem, *, specialized: bool) -> tuple[Tile, ...]:
