@@ -48,7 +48,9 @@ class Operands(NamedTuple):
     def tile(self, kernel: str) -> Tile:
         """The tile of a kernel for these widths on this device."""
         widths = self.queries.shape[2], self.values.shape[2]
-        return choose_tile(kernel, *widths, self.queries.element_size(), self.queries.device)
+        num_scores = self.queries.shape[0] * self.num_queries * self.num_keys
+        element_bytes, device = self.queries.element_size(), self.queries.device
+        return choose_tile(kernel, *widths, element_bytes, device, num_scores=num_scores)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"queries": self.queries, "keys": self.keys, "values": self.values}

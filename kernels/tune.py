@@ -238,10 +238,9 @@ def _check_alive(file: TunedFile, problem: Problem, tile: Tile, device: torch.de
 def _race(file: TunedFile, race: Race, device: torch.device, sizes: Sizes) -> Fought:
     """Fused against chunked backward, then Triton against its rival, with the tiles just found."""
     try:
-        if race.has_two_backwards:
-            form = faster_backward(race, device, most_pixels=sizes.most_pixels)
-            file.table["backward"].setdefault(race.widths_key, {})[str(race.element_bytes)] = form
-            file.write()
+        kind = race.widths_key, race.element_bytes
+        if race.has_two_backwards and file.backward_form(*kind) is None:  # the first one is the largest
+            file.set_backward_form(*kind, faster_backward(race, device, most_pixels=sizes.most_pixels))
         fought = run_race(race, device, most_pixels=sizes.most_pixels)
     except torch.OutOfMemoryError as error:
         return Fought(race, None, {"both": f"out of memory: {str(error).splitlines()[0]}"})

@@ -146,8 +146,8 @@ def fused_map(views: list[View], impl: Impl) -> Tensor | None:
     """The one map, (1, K, h, w), whose upsampling is all that is left to do, if a kernel does it at once."""
     if len(views) != 1 or not isinstance(views[0], WholeView):
         return None
-    logits_1Khw = views[0].logits_1Khw
-    return logits_1Khw if choose_upsampling(impl, "upsample_argmax", logits_1Khw) == "triton" else None
+    logits_1Khw, size = views[0].logits_1Khw, views[0].size
+    return logits_1Khw if choose_upsampling(impl, "upsample_argmax", logits_1Khw, size) == "triton" else None
 
 
 def strips(views: list[View], size: tuple[int, ...]) -> Iterator[Strip]:
