@@ -18,9 +18,8 @@ import triton
 from segdeformer.kernels.clock import synchronize
 from segdeformer.kernels.commit import commit
 from segdeformer.kernels.crew import PATIENCE_S, stage
-from segdeformer.kernels.launch import interpreting
+from segdeformer.kernels.launch import interpreting, kernel_sources
 from segdeformer.kernels.tiles import architecture_of, gpu_slug, tuned_for
-from segdeformer.kernels.tuned_file import kernel_sources
 
 RESULTS = Path(__file__).parent / "results"
 MATMUL_SIZE = 8192

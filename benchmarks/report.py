@@ -173,7 +173,7 @@ def markdown(table: dict[str, Any]) -> str:
 
 GOALS_NOTE = "For an H100-class GPU; half precision; batch 1, of upsampled logits batch 16."
 ROWS_NOTE = (
-    "Medians of runs in turn, the L2 cache flushed before each. Queued: the device's time, the host is ahead; "
+    "Medians of runs in turn, the L2 cache flushed before each. Queued: the device's time, the host ahead; "
     "eager: one call at a time until the device is done, so the host's work counts. FLOPs are of each "
     "contender's form: plain, C-wide keys and values over N x M scores; low rank, K-wide ones. Widths that "
     "SDPA or FlexAttention does not take are padded beforehand: outside of the timing, not counted. Peak "

@@ -52,7 +52,7 @@ def bench_fps(
     contenders = parse_contenders(models or ([] if against else TRIO), against, setting)
     console = make_console()
     with console.status("starting") as status:
-        comparison = compare(contenders, options, chosen, say=status.update)
+        comparison = compare(contenders, options, chosen, say=status.update, tell=console.print)
     for line in _about(comparison):
         console.print(line, style="dim", soft_wrap=False)
     grids = comparison_grids(comparison)

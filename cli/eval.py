@@ -64,6 +64,7 @@ def eval_command(
     from segdeformer.engine.checkpoint import find_checkpoint
     from segdeformer.engine.device import choose_device
     from segdeformer.engine.evaluate import ImageResult, Tally, check_same_classes, evaluate_images
+    from segdeformer.engine.implementation import settle_inference
     from segdeformer.engine.scorecard import write_scorecard
     from segdeformer.kernels.impl import describe_impl
 
@@ -90,12 +91,21 @@ def eval_command(
     console = make_console(quiet=not is_first())
     console.print(f"{path} (iteration {loaded.checkpoint.iteration:,}) on {config.name} {config.val_split}")
     console.print(f"protocol: {protocol_line(protocol)}")
-    console.print(f"device {chosen}, attention {describe_impl(resolved, chosen)}", style="dim")
     console.print(folding, style="dim")
     shown = shown_indices(len(dataset)) if picture is not None else []
     drawn: list[tuple[int, ImageResult]] = []
     tally = Tally(dataset.classes)
     with joined_processes(chosen) as processes:
+        settle_inference(
+            loaded.model,
+            recipe,
+            protocol,
+            device=chosen,
+            impl=resolved,
+            processes=processes,
+            say=console.print,
+        )
+        console.print(f"device {chosen}, attention {describe_impl(resolved, chosen)}", style="dim")
         share = processes.share(len(dataset))
         results = evaluate_images(
             loaded.model,

@@ -50,6 +50,7 @@ def predict_command(
     from segdeformer.data.images import read_image
     from segdeformer.engine.checkpoint import find_checkpoint
     from segdeformer.engine.device import choose_device
+    from segdeformer.engine.implementation import settle_inference
     from segdeformer.engine.predict import predict_image
     from segdeformer.errors import UserError
     from segdeformer.kernels.impl import describe_impl
@@ -73,13 +74,22 @@ def predict_command(
     from segdeformer.cli.show import make_console, protocol_line
 
     console = make_console(quiet=not is_first())
-    attention = describe_impl(resolved, chosen)
-    console.print(f"{loaded.checkpoint.path}, {len(jobs)} images, device {chosen}, attention {attention}")
-    console.print(folding, style="dim")
-    console.print(f"protocol: {protocol_line(protocol)}", style="dim")
     failed: list[UserError] = []
     written: list[Path] = []
     with joined_processes(chosen) as processes:
+        settle_inference(
+            loaded.model,
+            recipe,
+            protocol,
+            device=chosen,
+            impl=resolved,
+            processes=processes,
+            say=console.print,
+        )
+        attention = describe_impl(resolved, chosen)
+        console.print(f"{loaded.checkpoint.path}, {len(jobs)} images, device {chosen}, attention {attention}")
+        console.print(folding, style="dim")
+        console.print(f"protocol: {protocol_line(protocol)}", style="dim")
         share = [jobs[index] for index in processes.share(len(jobs))]
         for job in track(share, "images", console=console, transient=True, disable=not console.is_terminal):
             try:

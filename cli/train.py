@@ -174,6 +174,7 @@ def _train(task: _Task, processes: Processes) -> None:
     from segdeformer.cli.train_show import introduce, train_and_show
     from segdeformer.data.doctor import quick_check, refuse_errors
     from segdeformer.engine.distributed import environment, from_first
+    from segdeformer.engine.implementation import settle_training
     from segdeformer.engine.run import RECIPE, resume_run, start_run
     from segdeformer.errors import UserError
 
@@ -219,6 +220,8 @@ def _train(task: _Task, processes: Processes) -> None:
             with contextlib.suppress(OSError):  # it may hold the recipe already
                 folder.rmdir()
 
+    if not run.complete:
+        settle_training(run, say=console.print)
     introduce(console, run, prepared.base, findings)
     if run.complete:
         console.print(f"{folder} is complete at iteration {run.iteration:,}; --iterations N trains on")

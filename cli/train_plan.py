@@ -80,7 +80,8 @@ def show_plan(
         console.print("data: nothing found that would spoil training (names, and 64 pairs)", style="green")
 
     kernels = Table("operation", "size", "by", box=None, header_style="bold")
-    for kernel in kernels_of(recipe, impl, device, tuple(run.model.encoder.strides)):
+    strides = tuple(run.model.encoder.strides)
+    for kernel in kernels_of(recipe, impl, device, strides, run.part_size):
         kernels.add_row(*kernel)
     console.print(kernels, soft_wrap=False)
 

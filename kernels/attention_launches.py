@@ -25,12 +25,17 @@ from segdeformer.kernels.attention_forward_triton import (
     external_forward_narrow,
 )
 from segdeformer.kernels.launch import Launch, dot_precision, interpreting, padded_rows
-from segdeformer.kernels.tiles import Tile, choose_tile, padded_width, split_width
+from segdeformer.kernels.tiles import (
+    WIDEST_NARROW_FORWARD,
+    Tile,
+    choose_tile,
+    padded_width,
+    split_width,
+)
 
 LOG2_E = math.log2(math.e)
 WIDEST_JOINT_BACKWARD = 128  # wider accumulators of dK and dV together spill
 DELTA_ROWS = 16
-WIDEST_NARROW_FORWARD = 32  # columns of P up to which exponentials outweigh products
 # Powers of two between a query's largest and least entry that its weights in this dtype bear: bfloat16 has
 # float32's exponents, of which a sum over keys needs some; float16 keeps all its bits down to 2^-14 only.
 LARGEST_RANGES = {torch.float16: 12, torch.bfloat16: 96, torch.float32: 96}
@@ -64,7 +69,9 @@ class Operands(NamedTuple):
     def tile(self, kernel: str) -> Tile:
         """The tile of a kernel for these widths on this device."""
         widths = self.queries.shape[2], self.values.shape[2]
-        return choose_tile(kernel, *widths, self.queries.element_size(), self.queries.device)
+        num_scores = self.queries.shape[0] * self.num_queries * self.num_keys
+        element_bytes, device = self.queries.element_size(), self.queries.device
+        return choose_tile(kernel, *widths, element_bytes, device, num_scores=num_scores)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"queries": self.queries, "keys": self.keys, "values": self.values}

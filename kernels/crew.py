@@ -1,4 +1,4 @@
-"""Processes that work off tasks: one that dies, breaks or hangs is replaced, and what it had in hand is named.
+"""Processes that work off tasks: one that dies, breaks or hangs is replaced, what it had in hand is named.
 
 A task is worked on by a generator at the top of a module, in a process made by `spawn`: CUDA does not live
 through a fork, and an error of a GPU often stays with its process. There it tells its results by yielding

@@ -1,23 +1,56 @@
-"""Which implementation of an operation runs: chosen by name and a fixed rule, never changed silently."""
+"""Which implementation of an operation runs: chosen by name and a fixed rule, never changed silently.
+
+B batch, N queries, M keys, D key width, E value width, K classes, hw map, HW output.
+"""
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import contextvars
 import importlib.util
-from typing import Literal, get_args
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from segdeformer.kernels.tiles import architecture_of, measured_choices
+from segdeformer.kernels.choices import Operation, measured_choices, switches
+from segdeformer.kernels.tiles import architecture_of
 
 Impl = Literal["auto", "triton", "sdpa", "blocks", "reference"]
 ChosenImpl = Literal["triton", "sdpa", "blocks", "reference"]
 ChosenUpsampling = Literal["triton", "strips", "reference"]
-Operation = Literal["attention", "external_attention", "upsample_cross_entropy", "upsample_argmax"]
 
 # From here on, by measurement, `blocks` outruns scaled_dot_product_attention on a CPU.
 LEAST_SCORES_FOR_BLOCKS = 2**22
+
+
+class Call(NamedTuple):
+    """What an operation was called with when `auto` was to decide."""
+
+    operation: Operation
+    width: int  # D or K
+    value_width: int  # E or K
+    element_bytes: int
+    training: bool
+    batch: int  # heads are in it
+    source: tuple[int, ...]  # (N,), or the map's (h, w)
+    target: tuple[int, ...]  # (M,), or the output's (H, W)
+
+
+# What `calls_noted` notes into, in its own thread or task only.
+_noting: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar("noting", default=None)
+
+
+@contextlib.contextmanager
+def calls_noted() -> Iterator[list[Call]]:
+    """Inside, in this thread, every call that `auto` decides is noted, on whatever device it runs."""
+    calls: list[Call] = []
+    token = _noting.set(calls)
+    try:
+        yield calls
+    finally:
+        _noting.reset(token)
 
 
 def check_impl(impl: str, device: torch.device | None = None) -> Impl:
@@ -62,51 +95,67 @@ def choose_impl(
 ) -> ChosenImpl:
     """What runs.
 
-    `auto` on a GPU: what measurements on this GPU say is faster for these widths and this element
-    size, with or without gradients; `sdpa` where nothing was measured. On a CPU: `blocks` for large
-    float32 maps without gradients, else `sdpa`.
+    `auto` on a GPU: what measurements on this GPU say is faster for these widths, this element size and
+    a problem of about this size, with or without gradients; `sdpa` where nothing was measured. On a CPU:
+    `blocks` for large float32 maps without gradients, else `sdpa`.
     """
     if impl in ("triton", "sdpa", "blocks", "reference"):
         return impl
     check_impl(impl)
+    (batch, num_queries, width), num_keys = queries_BND.shape, keys_BMD.shape[1]
+    value_width, element_bytes = values_BME.shape[2], queries_BND.element_size()
+    training = torch.is_grad_enabled()
+    if (calls := _listener()) is not None:
+        sizes = (num_queries,), (num_keys,)
+        calls.append(Call(operation, width, value_width, element_bytes, training, batch, *sizes))
     if queries_BND.device.type == "cuda":
-        return _faster_on_gpu(
-            str(queries_BND.device),
-            operation,
-            queries_BND.shape[-1],
-            values_BME.shape[-1],
-            queries_BND.element_size(),
-            torch.is_grad_enabled(),
-        )
-    large = queries_BND.shape[1] * keys_BMD.shape[1] >= LEAST_SCORES_FOR_BLOCKS
+        place, size = str(queries_BND.device), batch * num_queries * num_keys
+        faster = _faster_on_gpu(place, operation, width, value_width, element_bytes, training, size)
+        return "triton" if faster else "sdpa"
+    large = num_queries * num_keys >= LEAST_SCORES_FOR_BLOCKS
     plain = queries_BND.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     on_cpu = queries_BND.device.type == "cpu"
-    return "blocks" if on_cpu and large and plain and not torch.is_grad_enabled() else "sdpa"
+    return "blocks" if on_cpu and large and plain and not training else "sdpa"
 
 
 def _faster_on_gpu(
+    device: str,
+    operation: Operation,
+    width: int,
+    value_width: int,
+    element_bytes: int,
+    training: bool,
+    size: int,
+) -> bool:
+    """Whether our kernels are. In a compiled graph size may be a symbol, and the answer a guard on it."""
+    ours = False
+    for switch in _switches(device, operation, width, value_width, element_bytes, training):
+        if size < switch:
+            break
+        ours = not ours
+    return ours
+
+
+def _switches(
     device: str, operation: Operation, width: int, value_width: int, element_bytes: int, training: bool
-) -> ChosenImpl:
-    return _recorded_faster(device, operation, width, value_width, element_bytes, training)
+) -> tuple[int, ...]:
+    return switches(device, operation, width, value_width, element_bytes, training)
 
 
 # torch.compile takes the answer as it stands, and does not look into files. This is all that
 # torch.compiler.assume_constant_result does, but for importing the compiler, 150 MiB and 2 s.
-_faster_on_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_switches._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@functools.cache
-def _recorded_faster(
-    device: str, operation: Operation, width: int, value_width: int, element_bytes: int, training: bool
-) -> ChosenImpl:
-    for choice in measured_choices(torch.device(device)):
-        if choice.serves(operation, width, value_width, element_bytes, training):
-            return "triton" if choice.triton_ms < choice.sdpa_ms else "sdpa"
-    return "sdpa"
+def _listener() -> list[Call] | None:
+    """Where a call is to be noted, if it is."""
+    return None if torch.compiler.is_compiling() else _noting.get()
 
 
-def choose_upsampling(impl: Impl, operation: Operation, logits_BKhw: Tensor) -> ChosenUpsampling:
-    """What runs for an operation on upsampled logits; `sdpa` and `blocks` say nothing about it.
+def choose_upsampling(
+    impl: Impl, operation: Operation, logits_BKhw: Tensor, size: tuple[int, ...]
+) -> ChosenUpsampling:
+    """What runs for an operation on logits upsampled to `size` = (H, W); `sdpa` and `blocks` say nothing.
 
     `strips`, in PyTorch, a few output rows at a time, is what `auto` takes, but for a GPU on which the
     Triton kernels were measured to be faster.
@@ -114,11 +163,16 @@ def choose_upsampling(impl: Impl, operation: Operation, logits_BKhw: Tensor) -> 
     if impl == "triton" or impl == "reference":
         return impl
     check_impl(impl)
-    if impl == "auto" and logits_BKhw.device.type == "cuda":
-        num_classes, training = logits_BKhw.shape[1], operation == "upsample_cross_entropy"
-        place, element_bytes = str(logits_BKhw.device), logits_BKhw.element_size()
-        chosen = _faster_on_gpu(place, operation, num_classes, num_classes, element_bytes, training)
-        return "triton" if chosen == "triton" else "strips"
+    if impl == "auto":
+        batch, num_classes, height, width = logits_BKhw.shape
+        element_bytes, training = logits_BKhw.element_size(), operation == "upsample_cross_entropy"
+        kind = operation, num_classes, num_classes, element_bytes, training
+        if (calls := _listener()) is not None:
+            calls.append(Call(*kind, batch, (height, width), (size[0], size[1])))
+        if logits_BKhw.device.type == "cuda":
+            values = batch * num_classes * size[0] * size[1]
+            if _faster_on_gpu(str(logits_BKhw.device), *kind, values):
+                return "triton"
     return "strips"
 
 
@@ -132,5 +186,5 @@ def describe_impl(impl: Impl, device: torch.device) -> str:
     choices = measured_choices(device)
     if not choices:
         return f"auto (sdpa: nothing measured on {name} yet; `segdeformer bench --tune` does)"
-    wins = sum(choice.triton_ms < choice.sdpa_ms for choice in choices)
+    wins = sum(choice.triton_wins for choice in choices)
     return f"auto (as measured on {name}: triton in {wins} of {len(choices)} cases, else PyTorch)"

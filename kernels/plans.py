@@ -7,7 +7,7 @@ Later calls hand over tensors only; to make all the rest anew takes longer than 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -38,6 +38,7 @@ class Plan(NamedTuple):
 
 
 _plans: dict[Hashable, Plan] = {}
+_planning = True
 _HERE = contextlib.nullcontext()
 
 
@@ -58,7 +59,7 @@ def start_kernel(
     if addresses % ALIGNED_BYTES:  # for each address that is no multiple Triton compiles another kernel
         key = (*key, *[tensor.data_ptr() % ALIGNED_BYTES == 0 for tensor in tensors.values()])
     plan = _plans.get(key)
-    if plan is None and interpreting():
+    if plan is None and (interpreting() or not _planning):
         next(iter(candidates())).run()
         return
     with on_device(device):
@@ -91,6 +92,17 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _HERE
     return torch.cuda.device(device)
+
+
+@contextlib.contextmanager
+def without_plans() -> Iterator[None]:
+    """Inside, in all threads, `Launch.run` starts every kernel that has no plan yet, with the wanted tile."""
+    global _planning
+    _planning = False
+    try:
+        yield
+    finally:
+        _planning = True
 
 
 def forget_plans() -> None:

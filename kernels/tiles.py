@@ -5,12 +5,13 @@ spills to speak of; `benchmarks/choose_tiles.py` wrote it, `aot.py` there proves
 holds what `segdeformer bench --tune` measured on one GPU; files in the user's cache folder come before ours:
 
     {"gpu": "NVIDIA H200", "architecture": "sm_90", "torch": ..., "triton": ..., "commit": ..., "date": ...,
-     "tiles": {kernel: {"256x160": {"2": [queries, keys, warps, stages, tma, warp_specialize]}}},
+     "tiles": {kernel: {"256x160": {"2": {"14": [queries, keys, warps, stages, tma, warp_specialize]}}}},
      "backward": {"256x160": {"2": "fused" or "chunks"}},
-     "choices": [the fields of `Choice`], "sources": a digest of the kernels that were measured,
+     "choices": [the fields of `choices.Choice`], "sources": a digest of the kernels that were measured,
      "candidates": what became of every tile that was tried}
 
-Widths in keys are padded ones, "2" and "4" are bytes of an element.
+Widths in keys are padded ones, "2" and "4" are bytes of an element, "14" is a size class; older files have
+one tile for all sizes in its place.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ LARGEST_WIDTH = WIDTHS[-1]
 # registers.
 WIDEST_FUSED_BACKWARD = 256
 FUSED_BACKWARD_BY_DEFAULT = {"sm_90": 192}
+WIDEST_NARROW_FORWARD = 32  # columns of P up to which exponentials outweigh products
 TUNED = Path(__file__).parent / "tuned"
 
 
@@ -50,28 +52,6 @@ class Tile(NamedTuple):
     def __str__(self) -> str:
         extras = "".join(f", {name}" for name in self._fields[4:] if getattr(self, name))
         return f"{self.block_queries}x{self.block_keys}, {self.warps} warps, {self.stages} stages{extras}"
-
-
-class Choice(NamedTuple):
-    """A recorded race between our kernels and PyTorch: its attention, or upsampling in strips."""
-
-    operation: str
-    width: int  # of queries and keys, as the model has it
-    value_width: int
-    element_bytes: int
-    training: bool  # forward + backward, else forward
-    triton_ms: float
-    sdpa_ms: float  # PyTorch's, with the backend that it took
-
-    def serves(
-        self, operation: str, width: int, value_width: int, element_bytes: int, training: bool
-    ) -> bool:
-        """Whether it was run with these widths, after padding."""
-        mine = (self.operation, padded_width(self.width), padded_width(self.value_width))
-        if max(width, value_width) > LARGEST_WIDTH:
-            return False
-        asked = (operation, padded_width(width), padded_width(value_width))
-        return mine == asked and (self.element_bytes, self.training) == (element_bytes, training)
 
 
 class Architecture(NamedTuple):
@@ -161,13 +141,43 @@ def architecture_of(device: torch.device) -> Architecture:
     return ARCHITECTURES["sm_80" if shared >= ARCHITECTURES["sm_80"].shared_bytes else "sm_86"]
 
 
-def choose_tile(kernel: str, width: int, value_width: int, element_bytes: int, device: torch.device) -> Tile:
-    """The measured tile for these padded widths on this GPU, else the default of its architecture."""
+def size_class(size: int) -> int:
+    """The step of a problem's size on a scale of factors of four, round(log4(size)).
+
+    14 holds the sizes from 2^27 to 2^29, among them the 16384 x 16384 scores of a 512x512 image.
+    """
+    return size.bit_length() // 2
+
+
+def choose_tile(
+    kernel: str,
+    width: int,
+    value_width: int,
+    element_bytes: int,
+    device: torch.device,
+    *,
+    num_scores: int | None = None,
+) -> Tile:
+    """The measured tile for these padded widths on this GPU, else the default of its architecture.
+
+    num_scores: B N M, where tiles were measured for several sizes; None: the largest.
+    """
     if device.type == "cuda":
         measured = tuned_for(device).get("tiles", {}).get(kernel, {}).get(f"{width}x{value_width}", {})
         if str(element_bytes) in measured:
-            return Tile(*measured[str(element_bytes)])
+            return _measured_tile(measured[str(element_bytes)], num_scores)
     return default_tile(kernel, width, value_width, element_bytes, architecture_of(device))
+
+
+def _measured_tile(entry: list[Any] | dict[str, list[Any]], num_scores: int | None) -> Tile:
+    """Of tiles by size class the nearest class's, of two as near the smaller one's."""
+    if isinstance(entry, list):
+        return Tile(*entry)
+    classes = sorted(map(int, entry))
+    if num_scores is None:
+        return Tile(*entry[str(classes[-1])])
+    wanted = size_class(num_scores)
+    return Tile(*entry[str(min(classes, key=lambda c: abs(c - wanted)))])
 
 
 def backward_form(queries: torch.Tensor, values: torch.Tensor) -> str:
@@ -201,11 +211,6 @@ def tuned_for(device: torch.device) -> dict[str, Any]:
         if (folder / name).is_file():
             return read_tiles(folder / name)
     return {}
-
-
-def measured_choices(device: torch.device) -> list[Choice]:
-    """The races that were run on this GPU."""
-    return [Choice(**choice) for choice in tuned_for(device).get("choices", [])]
 
 
 def user_cache() -> Path:

@@ -18,24 +18,28 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from segdeformer.kernels.clock import median_ms, synchronize
 from segdeformer.kernels.crew import Crew, Over, Work, num_cores, stage
-from segdeformer.kernels.launch import Launch, interpreting
+from segdeformer.kernels.launch import interpreting
+from segdeformer.kernels.plans import forget_plans
 from segdeformer.kernels.races import Fought, Race, decoder_races, faster_backward, run_race
-from segdeformer.kernels.tiles import ARCHITECTURES, Tile, forget_tables
-from segdeformer.kernels.tune_candidates import candidate_tiles
+from segdeformer.kernels.resources import Resources, resources_of
+from segdeformer.kernels.tiles import ARCHITECTURES, Tile, architecture_of
+from segdeformer.kernels.tune_candidates import candidate_tiles, most_promising
 from segdeformer.kernels.tune_events import Compiling, Event, OutOfTime, Settled, Skipped, Tried
 from segdeformer.kernels.tune_problems import Problem, Trial, decoder_problems, dtypes_of
 from segdeformer.kernels.tuned_file import TunedFile, open_tuned
 
 ODD_SIZE = 1000  # no multiple of any block
 SHARE_OF_TILES = 0.75  # of the time; the races get what is left
+MOST_MEASURED = 12  # candidates of a problem, of about twice as many that are compiled
+PASSED_OVER = "not run: by their registers and memory others promise more"
 SPECIALIZED_CHECKS = 10  # a race between warps shows now and then only
 EXACT_PATIENCE_S = 90.0  # float64 answers of large problems
 # What Triton and PyTorch raise for a candidate that is no good. KernelError is a ValueError.
@@ -184,15 +188,36 @@ class _Tuner:
         each = deque(task._replace(tiles=(tile,)) for task in todo for tile in task.tiles)
         work = functools.partial(compile_tile, self.place)
         lost = set()
-        for task, over in self.crew.run(work, each, workers=num_cores(), deadline=deadline):
-            if over.lost is not None:
+        made: dict[Problem, dict[Tile, Resources]] = {}
+        for task, news in self.crew.run(work, each, workers=num_cores(), deadline=deadline):
+            if isinstance(news, Resources):
+                made.setdefault(task.problem, {})[task.tiles[0]] = news
+                continue
+            if news.lost is not None:
                 lost.add((task.problem, task.tiles[0]))
-                yield self._turn_down(task.problem, task.tiles[0], f"the compiler: {over.lost}")
+                yield self._turn_down(task.problem, task.tiles[0], f"the compiler: {news.lost}")
             yield Compiling(len(each))
         self.crew.close()  # they hold memory of the GPU
         kept = [t._replace(tiles=tuple(x for x in t.tiles if (t.problem, x) not in lost)) for t in todo]
         todo.clear()
-        todo.extend(task for task in kept if task.tiles)
+        for task in kept:
+            worthy = self._worthy(task, made.get(task.problem, {}))
+            for tile in (tile for tile in task.tiles if tile not in worthy):
+                yield self._turn_down(task.problem, tile, PASSED_OVER)
+            if worthy:
+                todo.append(task._replace(tiles=worthy))
+
+    def _worthy(self, task: Candidates, made: Mapping[Tile, Resources]) -> tuple[Tile, ...]:
+        """The candidates to be measured, in order: by what the compiler made of them.
+
+        The default is among them, and those that do not compile, so that their reasons are recorded.
+        """
+        problem = task.problem
+        case = problem.kernel, problem.widths, problem.element_bytes, ARCHITECTURES[self.file.architecture]
+        ranked = most_promising(*case, made, resources=made, most=MOST_MEASURED)
+        default = problem.default_tile(self.place.device)
+        order = [default, *ranked, *(tile for tile in task.tiles if tile not in made)]
+        return tuple(tile for tile in dict.fromkeys(order) if tile in task.tiles)
 
     def _settle(self, problem: Problem) -> Event:
         times = {t: ms for t, ms in self.file.outcomes(problem).items() if not isinstance(ms, str)}
@@ -212,14 +237,17 @@ class _Tuner:
         """Fused against chunked backward, then Triton against its rival, with the tiles just found."""
         self.crew.close()  # a process may remember older tiles
         todo: deque[tuple[Race, bool]] = deque()
+        asked = set()
         for race in self._races_left():
-            todo += [(race, True)] if race.has_two_backwards else []
+            kind = race.widths_key, race.element_bytes
+            if race.has_two_backwards and kind not in asked and self.file.backward_form(*kind) is None:
+                asked.add(kind)  # the first one is the largest
+                todo.append((race, True))
             todo.append((race, False))
         work = functools.partial(fight, self.place)
         for (race, of_backwards), news in self.crew.run(work, todo, deadline=deadline):
             if isinstance(news, str):
-                self.file.table["backward"].setdefault(race.widths_key, {})[str(race.element_bytes)] = news
-                self.file.write()
+                self.file.set_backward_form(race.widths_key, race.element_bytes, news)
             elif isinstance(news, Fought):
                 if news.choice is not None:
                     self.file.add_choice(news.choice)
@@ -245,21 +273,26 @@ def measure_tiles(place: Place, task: Candidates) -> Iterator[Tried]:
         yield Tried(task.problem, tile, outcome)
 
 
-def compile_tile(place: Place, task: Candidates) -> Iterator[Any]:
-    """Compile one candidate; what fails here with an error fails again, with its reason, when it is tried."""
-    with quiet_compiler(), contextlib.suppress(*CANDIDATE_ERRORS):
+def compile_tile(place: Place, task: Candidates) -> Iterator[Resources]:
+    """Compile one candidate: what it takes of the card at its own size.
+
+    What fails here with an error fails again, with its reason, when it is tried.
+    """
+    architecture = architecture_of(place.device)
+    made: list[Resources] = []
+    with quiet_compiler(), contextlib.suppress(*CANDIDATE_ERRORS), torch.cuda.device(place.device):
         for trial in _launchable(task.problem, place):
             if (launch := trial.launch(task.tiles[0])) is not None:
                 stage(f"{task.problem.kernel} with tile {task.tiles[0]}")
-                compile_launch(launch)
-    yield from ()
+                made.append(resources_of(launch.compile(), architecture))
+    yield from made[:1]
 
 
 def fight(place: Place, task: tuple[Race, bool]) -> Iterator[str | Fought]:
     """The faster form of the backward, or the race itself."""
     race, of_backwards = task
     stage("both", EXACT_PATIENCE_S)
-    forget_tables()
+    forget_plans()
     try:
         if of_backwards:
             yield faster_backward(race, place.device, most_pixels=place.sizes.most_pixels)
@@ -327,12 +360,3 @@ def quiet_compiler() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
-
-
-def compile_launch(launch: Launch) -> None:
-    """Compile it for the current device without running it."""
-    device = next(iter(launch.tensors.values())).device
-    with torch.cuda.device(device):
-        launch.kernel.warmup(
-            **launch.tensors, **launch.numbers, **launch.constants, grid=launch.grid, **launch.options
-        )

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from segdeformer.kernels.resources import MATRIX_INSTRUCTIONS, Resources
 from segdeformer.kernels.tile_speed import scores_per_cycle
-from segdeformer.kernels.tiles import Architecture, Tile
+from segdeformer.kernels.tiles import WIDEST_NARROW_FORWARD, Architecture, Tile
 
 BLOCKS = (16, 32, 64, 128, 256)
 # Float32 accumulators of a thread. On sm_90, 144 to 160 make 200 to 240 of the 255 registers; more spills.
@@ -74,7 +74,10 @@ def candidate_tiles(
     tiles = list(_fitting(kernel, widths, element_bytes, architecture, default))
     ranked = most_promising(*case, tiles, num_rows=num_rows, most=most)
     bulk: list[Tile] = []
-    if kernel in COPYING_KERNELS and architecture.name in COPYING_ARCHITECTURES and element_bytes == 2:
+    if kernel == "external_forward" and widths[0] <= WIDEST_NARROW_FORWARD:  # a kernel without bulk copies
+        if architecture.backend == "cuda" and element_bytes == 2:
+            bulk = [tile._replace(polynomial=True) for tile in ranked[:3]]
+    elif kernel in COPYING_KERNELS and architecture.name in COPYING_ARCHITECTURES and element_bytes == 2:
         # Triton specialises four warps; eight it compiles as if not asked to.
         four = [tile for tile in ranked if tile.warps == 4 and tile.stages > 1]
         bulk = [tile._replace(tma=True) for tile in dict.fromkeys([*ranked[:3], *four[:1]])]
@@ -114,7 +117,7 @@ def most_promising(
     ranked = sorted(scores, key=lambda tile: -scores[tile])
     worthy = [tile for tile in ranked if scores[tile] >= WORTHY * scores[ranked[0]]]
     of_classes = _firsts(worthy, lambda tile: classes[tile])
-    of_shapes = _firsts(ranked, lambda tile: (*tile[:2], tile.tma, tile.warp_specialize))
+    of_shapes = _firsts(ranked, lambda tile: (*tile[:2], *tile[4:]))
     return list(dict.fromkeys([*of_classes, *of_shapes, *ranked]))[:most]
 
 

@@ -66,12 +66,10 @@ def describe(event: Event) -> str:
         case Compiling(num_left):
             return f"{num_left} candidates left to compile"
         case Fought(race, choice, refusals):
-            what = "forward + backward" if race.training else "forward"
-            name = f"{race.operation} {race.width}, {race.value_width}, {race.element_bytes} bytes, {what}"
-            if choice is None:
+            if choice is None or refusals:
                 reasons = "; ".join(f"{side}: {reason}" for side, reason in refusals.items())
-                return f"{name}: no race ({reasons})"
-            return f"{name}: triton {choice.triton_ms:.3f} ms, {race.rival} {choice.sdpa_ms:.3f} ms"
+                return f"{race.label}: no race ({reasons})"
+            return f"{race.label}: triton {choice.triton_ms:.3f} ms, {race.rival} {choice.sdpa_ms:.3f} ms"
         case OutOfTime(num_left):
             return f"out of time with {num_left} kernels and races left; run again to go on"
 

@@ -18,7 +18,7 @@ from segdeformer.kernels.attention_launches import Upstream, pad_operands
 from segdeformer.kernels.external_attention import external_attention_reference
 from segdeformer.kernels.launch import Launch, padded_rows
 from segdeformer.kernels.oracle import BLOCK_SCORES, answer, largest_allowed, worst_row_error
-from segdeformer.kernels.tiles import Tile, architecture_of, default_tile, padded_width
+from segdeformer.kernels.tiles import Tile, architecture_of, default_tile, padded_width, size_class
 
 NUM_CHUNK_QUERIES = 1024  # rows of P and dS that `attention_weights_and_grads` writes at once
 
@@ -39,6 +39,11 @@ class Problem(NamedTuple):
     @property
     def widths_key(self) -> str:
         return "{}x{}".format(*self.widths)
+
+    @property
+    def size_class(self) -> int:
+        """By its scores; the few keys of a kernel for few are reckoned as the pixels."""
+        return size_class(self.num_pixels**2)
 
     @property
     def is_external(self) -> bool:

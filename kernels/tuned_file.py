@@ -17,10 +17,11 @@ import triton
 
 from segdeformer.errors import UserError
 from segdeformer.files import write_text
+from segdeformer.kernels.choices import Choice, forget_choices
 from segdeformer.kernels.commit import commit
 from segdeformer.kernels.launch import kernel_sources
 from segdeformer.kernels.plans import forget_plans
-from segdeformer.kernels.tiles import Choice, Tile, architecture_of, padded_width
+from segdeformer.kernels.tiles import Tile, architecture_of, padded_width
 from segdeformer.kernels.tune_problems import Problem
 
 
@@ -41,6 +42,7 @@ class TunedFile:
         for path in filter(None, (self.path, self.copy)):
             write_text(path, text)
         forget_plans()
+        forget_choices()
 
     def outcomes(self, problem: Problem) -> dict[Tile, float | str]:
         """Of each candidate so far its milliseconds, or why it was turned down."""
@@ -61,21 +63,33 @@ class TunedFile:
         if tile != self.settled(problem):
             old = self.table["choices"]
             self.table["choices"] = [choice for choice in old if not _takes(choice, problem)]
+            if not problem.is_external:
+                self.table["backward"].get(problem.widths_key, {}).pop(str(problem.element_bytes), None)
         of_kernel = self.table["tiles"].setdefault(problem.kernel, {})
-        of_kernel.setdefault(problem.widths_key, {})[str(problem.element_bytes)] = list(tile)
+        by_bytes = of_kernel.setdefault(problem.widths_key, {})
+        by_bytes.setdefault(str(problem.element_bytes), {})[str(problem.size_class)] = list(tile)
         self.write()
 
     def settled(self, problem: Problem) -> Tile | None:
         by_bytes = self.table["tiles"].get(problem.kernel, {}).get(problem.widths_key, {})
-        tile = by_bytes.get(str(problem.element_bytes))
+        tile = by_bytes.get(str(problem.element_bytes), {}).get(str(problem.size_class))
         return None if tile is None else Tile(*tile)
 
-    def is_raced(self, key: tuple[str, int, int, int, bool]) -> bool:
-        fields = ("operation", "width", "value_width", "element_bytes", "training")
-        return any(tuple(choice[field] for field in fields) == key for choice in self.table["choices"])
+    def is_raced(self, key: tuple[str, int, int, int, bool, int]) -> bool:
+        fields = ("operation", "width", "value_width", "element_bytes", "training", "size")
+        return any(tuple(choice.get(field) for field in fields) == key for choice in self.table["choices"])
 
     def add_choice(self, choice: Choice) -> None:
-        self.table["choices"].append(choice._asdict())
+        self.table["choices"].append(choice.row())
+        self.write()
+
+    def backward_form(self, widths_key: str, element_bytes: int) -> str | None:
+        """`fused` or `chunks`, if that was measured."""
+        form: str | None = self.table["backward"].get(widths_key, {}).get(str(element_bytes))
+        return form
+
+    def set_backward_form(self, widths_key: str, element_bytes: int, form: str) -> None:
+        self.table["backward"].setdefault(widths_key, {})[str(element_bytes)] = form
         self.write()
 
 
@@ -104,11 +118,16 @@ def open_tuned(path: Path, device: torch.device, *, again: bool, copy: Path | No
 
 
 def _name(problem: Problem) -> dict[str, str | int]:
-    return {"kernel": problem.kernel, "widths": problem.widths_key, "bytes": problem.element_bytes}
+    return {
+        "kernel": problem.kernel,
+        "widths": problem.widths_key,
+        "bytes": problem.element_bytes,
+        "size": problem.size_class,
+    }
 
 
 def _names(row: dict[str, Any], problem: Problem) -> bool:
-    return all(row[key] == value for key, value in _name(problem).items())
+    return all(row.get(key) == value for key, value in _name(problem).items())
 
 
 def _takes(choice: dict[str, Any], problem: Problem) -> bool:

@@ -29,7 +29,7 @@ def upsample_argmax(
     """
     if logits_BKhw.ndim != 4:
         raise ValueError(f"logits have shape {tuple(logits_BKhw.shape)}; expected (B,K,h,w)")
-    match choose_upsampling(impl, "upsample_argmax", logits_BKhw):
+    match choose_upsampling(impl, "upsample_argmax", logits_BKhw, size):
         case "reference":
             return upsample_argmax_reference(logits_BKhw, size, confidence=confidence)
         case "triton":

@@ -66,7 +66,7 @@ def upsample_cross_entropy(
     ids = torch.iinfo(labels_BHW.dtype)
     if not ids.min <= ignore_index <= ids.max:  # in its own type, 255 would be a match for -1
         labels_BHW = labels_BHW.long()
-    chosen = choose_upsampling(impl, "upsample_cross_entropy", logits_BKhw)
+    chosen = choose_upsampling(impl, "upsample_cross_entropy", logits_BKhw, labels_BHW.shape[1:])
     # On a GPU nobody waits for a look at the labels: a stray one makes the loss NaN.
     if chosen == "reference" or (logits_BKhw.device.type == "cpu" and chosen != "triton"):
         check_labels(labels_BHW, num_classes, ignore_index)

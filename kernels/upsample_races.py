@@ -5,13 +5,12 @@ B batch, K classes, hw map, HW output.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from segdeformer.kernels.impl import Impl, Operation
+from segdeformer.kernels.impl import Impl
 from segdeformer.kernels.oracle import largest_allowed
 from segdeformer.kernels.upsample_argmax import upsample_argmax
 from segdeformer.kernels.upsample_cross_entropy import upsample_cross_entropy
@@ -24,7 +23,7 @@ from segdeformer.kernels.upsample_oracle import (
     winners_error,
 )
 
-BATCH = 4
+BATCH = 4  # images
 SCALE = 4  # of the decoder's map to the image
 IGNORED = 0.1
 
@@ -47,15 +46,13 @@ def make_loss_task(
     return LossTask(logits.to(dtype), labels)
 
 
-class LossMatch:
+class LossSteps:
     """Forward and backward of the loss; runs give the loss and its gradient."""
 
     def __init__(self, task: LossTask) -> None:
         self.logits_BKhw = task.logits_BKhw.detach().requires_grad_()
         self.labels_BHW = task.labels_BHW
         self.upstream = torch.tensor(task.upstream, device=self.labels_BHW.device)
-        self.exact, eager = (loss_answer(task, exact=precise) for precise in (True, False))
-        self.eager_errors = self.errors([eager.loss, eager.gradient_BKhw])
 
     def step(self, impl: Impl) -> Callable[[], list[Tensor]]:
         def run() -> list[Tensor]:
@@ -64,6 +61,15 @@ class LossMatch:
                 return [loss, *torch.autograd.grad(loss, self.logits_BKhw, self.upstream.to(loss.dtype))]
 
         return run
+
+
+class LossMatch(LossSteps):
+    """The same, and what should come out."""
+
+    def __init__(self, task: LossTask) -> None:
+        super().__init__(task)
+        self.exact, eager = (loss_answer(task, exact=precise) for precise in (True, False))
+        self.eager_errors = self.errors([eager.loss, eager.gradient_BKhw])
 
     def errors(self, results: list[Tensor]) -> list[float]:
         """Of the loss and, if there is one, of the gradient."""
@@ -97,14 +103,3 @@ class WinnersMatch:
         if not error <= self.allowed:
             return f"wrong winners: {error:.2g} of the largest logit too low, allowed {self.allowed:.2g}"
         return None
-
-
-def upsampling_match(
-    operation: Operation, num_classes: int, num_places: int, *, dtype: torch.dtype, device: torch.device
-) -> LossMatch | WinnersMatch:
-    """Inputs of the decoder's sizes: square maps of about `num_places`, upsampled four times."""
-    side = math.isqrt(num_places)
-    batch = BATCH if device.type == "cuda" else 1
-    full = (SCALE * side, SCALE * side)
-    task = make_loss_task(batch, num_classes, (side, side), full, dtype=dtype, device=device)
-    return LossMatch(task) if operation == "upsample_cross_entropy" else WinnersMatch(task.logits_BKhw, full)

@@ -17,8 +17,8 @@ from segdeformer.config import (
 from segdeformer.kernels.attention import attention
 from segdeformer.kernels.external_attention import external_attention
 from segdeformer.measure.flops import flop_counter, model_flops, printed_flops
-from segdeformer.measure.skeleton import build_skeleton
 from segdeformer.models.segmenter import build_model
+from segdeformer.models.skeleton import build_skeleton
 
 IMPLS = ["auto", "sdpa", "blocks", "reference", "triton"]
 BOTH = {"internal": InternalConfig(), "external": ExternalConfig()}

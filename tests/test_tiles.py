@@ -9,8 +9,9 @@ import torch
 from segdeformer.kernels import impl as impl_module
 from segdeformer.kernels import tiles
 from segdeformer.kernels.attention import attention, attention_reference
+from segdeformer.kernels.choices import Choice, forget_choices
 from segdeformer.kernels.impl import check_impl, choose_impl, describe_impl
-from segdeformer.kernels.tiles import ARCHITECTURES, Choice, Tile, choose_tile, default_tile, split_width
+from segdeformer.kernels.tiles import ARCHITECTURES, Tile, choose_tile, default_tile, split_width
 
 GPU = torch.device("cuda", 0)
 
@@ -73,15 +74,15 @@ def measured(monkeypatch, tmp_path):
     """A GPU on which something was measured."""
     fake_gpu(monkeypatch)
     races = [
-        Choice("attention", 256, 150, 2, False, 1.0, 2.0),
-        Choice("attention", 256, 256, 2, True, 3.0, 2.0),
-        Choice("external_attention", 150, 150, 2, True, 1.0, 5.0),
+        Choice("attention", 256, 150, 2, False, 64 * 64, 1.0, 2.0),
+        Choice("attention", 256, 256, 2, True, 64 * 64, 3.0, 2.0),
+        Choice("external_attention", 150, 150, 2, True, 64 * 64, 1.0, 5.0),
     ]
     table = {
         "architecture": "sm_90",
         "tiles": {"attention_forward": {"256x160": {"2": [128, 64, 4, 2, True, True]}}},
         "backward": {"256x256": {"2": "chunks"}},
-        "choices": [race._asdict() for race in races],
+        "choices": [race.row() for race in races],
     }
     monkeypatch.setattr(tiles, "TUNED", tmp_path)
     (tmp_path / "defaults.json").write_text(
@@ -89,11 +90,9 @@ def measured(monkeypatch, tmp_path):
     )
     (tmp_path / "nvidia_h200.json").write_text(json.dumps(table))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    tiles.forget_tables()
-    impl_module._recorded_faster.cache_clear()
+    forget_choices()
     yield tmp_path
-    tiles.forget_tables()
-    impl_module._recorded_faster.cache_clear()
+    forget_choices()
 
 
 def test_a_measured_tile_comes_before_the_default_one_and_the_users_before_ours(measured):
@@ -140,8 +139,8 @@ def test_auto_takes_on_a_gpu_what_was_measured_faster(
 
 def test_a_compiled_graph_takes_the_choice_without_looking_into_files(measured):
     def chosen(x):
-        faster = impl_module._faster_on_gpu("cuda:0", "attention", 256, 150, 2, False)
-        return x + 1 if faster == "triton" else x - 1
+        faster = impl_module._faster_on_gpu("cuda:0", "attention", 256, 150, 2, False, 64 * 64)
+        return x + 1 if faster else x - 1
 
     compiled = torch.compile(chosen, fullgraph=True, backend="eager")
     assert compiled(torch.zeros(2)).tolist() == [1.0, 1.0]

@@ -16,18 +16,17 @@ from segdeformer.errors import KernelError, UserError
 from segdeformer.kernels import tune as tuner
 from segdeformer.kernels import tuned_file
 from segdeformer.kernels.attention import attention, attention_reference
+from segdeformer.kernels.choices import Choice, forget_choices, measured_choices
 from segdeformer.kernels.crew import Crew, Over
 from segdeformer.kernels.launch import Launch
 from segdeformer.kernels.oracle import answer, largest_allowed, worst_row_error
 from segdeformer.kernels.races import Fought, Race, decoder_races
 from segdeformer.kernels.tiles import (
     ARCHITECTURES,
-    Choice,
     Tile,
     backward_form,
     choose_tile,
-    forget_tables,
-    measured_choices,
+    size_class,
 )
 from segdeformer.kernels.tune import Place, Sizes, tune
 from segdeformer.kernels.tune_candidates import candidate_tiles
@@ -109,7 +108,7 @@ def test_the_fastest_right_candidate_is_settled_on(tmp_path, monkeypatch):
     assert [e.outcome for e in events if isinstance(e, Tried)] == [2.0, "wrong out", 1.5]
     assert next(e for e in events if isinstance(e, Settled)).tile == tiles[2]
     table = json.loads(path.read_text())
-    assert table["tiles"]["attention_forward"]["32x32"]["2"] == list(tiles[2])
+    assert table["tiles"]["attention_forward"]["32x32"]["2"] == {"6": list(tiles[2])}
     assert [row.get("reason") for row in table["candidates"]] == [None, "wrong out", None]
 
 
@@ -206,7 +205,7 @@ def test_what_was_measured_is_what_runs(tmp_path, monkeypatch):
     assert form in ("fused", "chunks")
     on_gpu = SimpleNamespace(shape=(1, 48, 32), device=gpu, element_size=lambda: 2)
     assert backward_form(on_gpu, on_gpu) == form
-    forget_tables()
+    forget_choices()
 
 
 def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, monkeypatch):
@@ -272,16 +271,17 @@ def test_a_race_without_a_rival_is_no_choice(tmp_path, monkeypatch):
             raise RuntimeError("no available kernel")
         return attention(*inputs, impl=impl, **options)
 
-    monkeypatch.setattr("segdeformer.kernels.races.attention", refuse)
+    monkeypatch.setattr("segdeformer.kernels.race_steps.attention", refuse)
     (fought,) = run(tmp_path / "gpu.json", problems=[])
     assert fought.choice is None
     assert json.loads((tmp_path / "gpu.json").read_text())["choices"] == []
 
 
 def test_races_are_found_by_what_auto_asks_for():
-    keys = [race.key for race in decoder_races(DEVICE)]
-    assert len(set(keys)) == len(keys)
-    assert ("external_attention", 150, 150, 2, True) in keys
+    places = [(*race.key[:5], size_class(race.size)) for race in decoder_races(DEVICE)]
+    assert len(set(places)) == len(places)
+    assert ("external_attention", 150, 150, 2, True, 15) in places
+    assert all(race.element_bytes == 2 or race.is_upsampling for race in decoder_races(DEVICE))
 
 
 @pytest.mark.parametrize(("n", "m", "d", "e"), [(1, 1, 19, 19), (63, 17, 32, 19), (17, 200, 19, 64)])

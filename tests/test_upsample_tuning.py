@@ -10,12 +10,11 @@ from benchmarks import check_upsampling, checks, report
 from benchmarks.gpu import check_groups
 from benchmarks.machine import this_machine
 from benchmarks.upsampling import UpsamplingRow, measure
-from segdeformer.kernels.tune_events import describe
-from segdeformer.kernels import impl as choosing
+from segdeformer.kernels.choices import Choice, agree, forget_choices
 from segdeformer.kernels.impl import choose_upsampling
 from segdeformer.kernels.launch import Launch
 from segdeformer.kernels.races import UPSAMPLING, Race, decoder_races, run_race
-from segdeformer.kernels.tiles import Choice
+from segdeformer.kernels.tune_events import describe
 from segdeformer.kernels.upsample_argmax import upsample_argmax_reference
 from segdeformer.kernels.upsample_oracle import LossTask, loss_answer, loss_error, winners_error
 from segdeformer.kernels.upsample_races import make_loss_task
@@ -26,27 +25,26 @@ WINNERS = Race("upsample_argmax", 19, 19, 4, False, 4)
 
 
 def test_auto_takes_what_won_the_race(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H0")
     races = [race for race in decoder_races(DEVICE) if race.operation in UPSAMPLING]
     assert {race.operation for race in races} == set(UPSAMPLING)
     for race in races:
         on_gpu = SimpleNamespace(
-            shape=(2, race.width, 4, 4),
+            shape=(race.batch, race.width, *race.sides[0]),
             device=torch.device("cuda", 0),
             element_size=lambda size=race.element_bytes: size,
         )
         for times, expected in (((1.0, 2.0), "triton"), ((2.0, 1.0), "strips")):
-            choice = Choice(*race.key, *times)
-            monkeypatch.setattr(choosing, "measured_choices", lambda device, c=choice: [c])
-            choosing._recorded_faster.cache_clear()
-            assert choose_upsampling("auto", race.operation, on_gpu) == expected
-    choosing._recorded_faster.cache_clear()
+            agree(on_gpu.device, [Choice(*race.key, *times)])
+            assert choose_upsampling("auto", race.operation, on_gpu, race.sides[1]) == expected
+    forget_choices()
 
 
 @pytest.mark.parametrize("race", [LOSS, WINNERS, LOSS._replace(element_bytes=2)])
 def test_a_race_of_both_sides_is_a_choice_against_the_strips(race):
     fought = run_race(race, DEVICE)
     assert fought.refusals == {}
-    assert fought.choice[:5] == race.key
+    assert fought.choice[:6] == race.key
     assert fought.choice.triton_ms > 0
     assert describe(fought).endswith(f"strips {fought.choice.sdpa_ms:.3f} ms")
 
@@ -80,7 +78,8 @@ def test_a_kernel_that_is_wrong_loses_its_race_and_fails_its_checks(monkeypatch)
     ]:
         monkeypatch.setattr(Launch, "run", broken)
         fought = run_race(race, DEVICE)
-        assert fought.choice is None
+        assert fought.choice.triton_ms == math.inf
+        assert not fought.choice.triton_wins
         assert reason in fought.refusals["triton"]
         assert f"no race (triton: {reason}" in describe(fought)
         failed = [checked.name for checked in checks.check_group(checks.Part(group)) if checked.failure]

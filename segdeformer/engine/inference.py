@@ -56,10 +56,10 @@ class WholeView:
         self.logits_1Khw = logits_1Khw
         self.num_classes = logits_1Khw.shape[1]
         self.source = source_rows(logits_1Khw.shape[2], size[0], device=logits_1Khw.device)
-        self.width = size[1]
+        self.size = size
 
     def rows(self, top: int, bottom: int) -> Tensor:
-        return mix_rows(self.logits_1Khw, self.source.between(top, bottom), self.width)[0]
+        return mix_rows(self.logits_1Khw, self.source.between(top, bottom), self.size[1])[0]
 
 
 class Window(NamedTuple):
@@ -152,8 +152,8 @@ def fused_map(views: list[View], impl: Impl) -> Tensor | None:
     """The one map, (1, K, h, w), whose upsampling is all that is left to do, if a kernel does it at once."""
     if len(views) != 1 or not isinstance(views[0], WholeView):
         return None
-    logits_1Khw = views[0].logits_1Khw
-    return logits_1Khw if choose_upsampling(impl, "upsample_argmax", logits_1Khw) == "triton" else None
+    logits_1Khw, size = views[0].logits_1Khw, views[0].size
+    return logits_1Khw if choose_upsampling(impl, "upsample_argmax", logits_1Khw, size) == "triton" else None
 
 
 def strips(views: list[View], size: tuple[int, ...]) -> Iterator[Strip]:

@@ -93,14 +93,17 @@ class Kernel(NamedTuple):
     implementation: str
 
 
-def kernels_of(recipe: Recipe, impl: Impl, device: torch.device, strides: tuple[int, ...]) -> list[Kernel]:
-    """What each operation takes at the size of a training crop, by the rules of `kernels.impl`."""
+def kernels_of(
+    recipe: Recipe, impl: Impl, device: torch.device, strides: tuple[int, ...], part_size: int
+) -> list[Kernel]:
+    """What each operation takes for `part_size` training crops, by the rules of `kernels.impl`."""
     config = recipe.model
     height, width = (math.ceil(side / strides[0]) for side in recipe.augment.crop)
     num_pixels = height * width
+    one = torch.empty(1, device=device, dtype=getattr(torch, recipe.train.precision))
 
-    def shaped(rows: int, columns: int) -> torch.Tensor:
-        return torch.empty(1, 1, 1, device=device).expand(1, rows, columns)
+    def shaped(rows: int, columns: int, heads: int = 1) -> torch.Tensor:
+        return one.expand(part_size * heads, rows, columns)
 
     kernels = []
     if config.context is not None and not isinstance(config.fusion, PeerConfig):
@@ -108,10 +111,10 @@ def kernels_of(recipe: Recipe, impl: Impl, device: torch.device, strides: tuple[
         reduction = config.context.reduction
         num_keys = math.ceil(height / reduction) * math.ceil(width / reduction)
         if config.context.internal is not None:
-            head = channels // config.context.internal.heads
-            chosen = choose_impl(
-                impl, shaped(num_pixels, head), shaped(num_keys, head), shaped(num_keys, head)
-            )
+            heads = config.context.internal.heads
+            head = channels // heads
+            keys = shaped(num_keys, head, heads)
+            chosen = choose_impl(impl, shaped(num_pixels, head, heads), keys, keys)
             kernels.append(Kernel("internal attention", f"{num_pixels} x {num_keys}, {head} wide", chosen))
         external = config.context.external
         if external is not None and external.second_stage:
@@ -126,10 +129,14 @@ def kernels_of(recipe: Recipe, impl: Impl, device: torch.device, strides: tuple[
             )
             size = f"{num_pixels} x {num_keys}, {wide} wide{' (low rank)' if low_rank else ''}"
             kernels.append(Kernel("external attention", size, chosen))
-    logits = torch.empty(1, 1, 1, 1, device=device).expand(1, config.num_classes, height, width)
-    size = f"{config.num_classes} x {height} x {width} -> {recipe.augment.crop[0]} x {recipe.augment.crop[1]}"
-    kernels.append(Kernel("upsampled loss", size, choose_upsampling(impl, "upsample_cross_entropy", logits)))
-    kernels.append(Kernel("upsampled argmax", size, choose_upsampling(impl, "upsample_argmax", logits)))
+    crop = recipe.augment.crop
+    size = f"{config.num_classes} x {height} x {width} -> {crop[0]} x {crop[1]}"
+    logits = one.expand(part_size, config.num_classes, height, width)
+    chosen_loss = choose_upsampling(impl, "upsample_cross_entropy", logits, crop)
+    kernels.append(Kernel("upsampled loss", size, chosen_loss))
+    scored = one.float().expand(1, config.num_classes, height, width)
+    chosen_argmax = choose_upsampling(impl, "upsample_argmax", scored, crop)
+    kernels.append(Kernel("upsampled argmax", size, chosen_argmax))
     return kernels
 
 

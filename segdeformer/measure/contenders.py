@@ -15,9 +15,9 @@ from segdeformer.engine.checkpoint import find_checkpoint, load, read_checkpoint
 from segdeformer.errors import UsageError
 from segdeformer.kernels.impl import Impl, check_impl
 from segdeformer.kernels.upsample_argmax import upsample_argmax
-from segdeformer.measure.skeleton import without_weights
 from segdeformer.models.context import ExternalAttention, ExternalForm
 from segdeformer.models.segmenter import Segmenter, build_model
+from segdeformer.models.skeleton import without_weights
 
 DtypeName = Literal["float32", "float16", "bfloat16"]
 CHANGES = (

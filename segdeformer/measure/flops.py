@@ -23,9 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from segdeformer.config import ModelConfig
 from segdeformer.measure.parts import Split, metered, split_of
-from segdeformer.measure.skeleton import build_skeleton
 from segdeformer.models.fusion import MLPFusion
 from segdeformer.models.segmenter import Segmenter
+from segdeformer.models.skeleton import build_skeleton
 
 Shape = Sequence[int]
 

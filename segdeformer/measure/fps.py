@@ -11,9 +11,10 @@ import torch
 
 from segdeformer.config import Recipe, load_recipe
 from segdeformer.engine.device import explained_shortage
+from segdeformer.engine.implementation import settle_impl
 from segdeformer.errors import UserError
 from segdeformer.kernels.clock import synchronize
-from segdeformer.kernels.impl import describe_impl
+from segdeformer.kernels.impl import Call, calls_noted, describe_impl
 from segdeformer.measure.contenders import Built, Contender, build, check_setting, make_run, random_images
 from segdeformer.measure.flops import Flops, model_flops, printed_flops
 from segdeformer.measure.machine import Machine, this_machine
@@ -21,8 +22,8 @@ from segdeformer.measure.memory import Memory, measure_memory
 from segdeformer.measure.paper import PaperSpeed, paper_speeds
 from segdeformer.measure.parameters import count_recipe
 from segdeformer.measure.parts import Split
-from segdeformer.measure.skeleton import without_weights
 from segdeformer.measure.speed import SPLIT_PASSES, Latency, Length, alternating_ms, latency, split_ms
+from segdeformer.models.skeleton import without_weights
 
 # Table 7's, with which the paper makes its point.
 TRIO = ("ade20k-segformer-b2", "ade20k-segdeformer-b2", "ade20k-segdeformer-b2-efficient")
@@ -87,8 +88,9 @@ def compare(
     device: torch.device,
     *,
     say: Callable[[str], None],
+    tell: Callable[[str], None],
 ) -> Comparison:
-    """Measure all. `say` is told what is being done.
+    """Measure all. `say` is told what is being done, `tell` what `auto` has been found to stand for.
 
     Raises `UserError` when one cannot be had or does not run so.
     """
@@ -100,6 +102,8 @@ def compare(
         say(f"building {contender.label}")
         with explained_shortage(LESS):
             models.append(build(contender, device))
+    for built in models:
+        _settle_auto(built, options, device, tell)
     memories = {}
     for built in models:
         label = built.contender.label
@@ -112,6 +116,28 @@ def compare(
         say(f"parts of {label}")
         measured.append(_measured(built, times_ms[label], memories[label], options, device))
     return Comparison(machine, str(device), options, measured)
+
+
+def _settle_auto(built: Built, options: Options, device: torch.device, tell: Callable[[str], None]) -> None:
+    """Compare what was not measured yet of this model's operations, where `auto` decides about them."""
+    contender = built.contender
+    setting = contender.setting._replace(compile=False, cuda_graphs=False)
+    eager = built._replace(contender=contender._replace(setting=setting))
+
+    def find_calls() -> list[Call]:
+        images_B3HW = random_images(options.batch, options.size, setting, device)
+        with calls_noted() as calls:
+            make_run(eager, images_B3HW, argmax=options.argmax)()
+        return calls
+
+    about = {
+        "bench": setting._asdict(),
+        "model": built.recipe.model.model_dump_json(),
+        "folding": built.folding,
+        "images": [options.batch, *options.size],
+        "argmax": options.argmax,
+    }
+    settle_impl(setting.impl, device, find_calls, about=about, say=tell)
 
 
 def _memory(built: Built, options: Options) -> Memory:
