@@ -27,7 +27,7 @@ from segdeformer.kernels.tune_candidates import candidate_tiles, estimated_resou
 MANY_PIXELS = 65536  # of the maps with few classes
 GAIN = 1.05  # that the model must promise for a new tile
 PROMISE = 0.9  # of the present tile's estimate, for a candidate to be compiled at all
-FINALISTS = 3  # compiled with every version; with the newest, all candidates
+FINALISTS = 3  # compiled with every version; with the oldest, all candidates
 
 
 class Wanted(NamedTuple):
@@ -91,10 +91,10 @@ class Wanted(NamedTuple):
 
 
 def choose(wanted: list[Wanted], folder: Path, *, most: int) -> dict[Wanted, Tile]:
-    """The tile of each, compiled with the newest version, the best of them then with all others."""
+    """The tile of each, compiled with the oldest version, which needs most memory, then the best with all."""
     tiles = {want: want.candidates(most) for want in wanted}
     scores: dict[Case, float] = {}
-    for version in reversed(VERSIONS):
+    for version in VERSIONS:
         cases = [want.case(tile) for want in wanted for tile in tiles[want]]
         made = {row.case: row for row in compile_with(version, cases, folder).compiled}
         for want in wanted:
