@@ -1,4 +1,4 @@
-"""What commands compare at their start where `auto` knows nothing yet; the GPU and its times are stand-ins."""
+"""What commands compare at their start where `auto` knows nothing yet; GPU and times are stand-ins."""
 
 import json
 import math
@@ -35,7 +35,9 @@ def card(monkeypatch, tmp_path):
 
     def compare(races, device):
         state.compared.append([race.operation for race in races])
-        return {race: state.answers[race.operation](race) for race in races if race.operation in state.answers}
+        return {
+            race: state.answers[race.operation](race) for race in races if race.operation in state.answers
+        }
 
     monkeypatch.setattr(implementation, "_compare", compare)
     forget_choices()
@@ -117,7 +119,9 @@ def test_a_kernel_that_fails_stays_pytorchs_and_is_said_with_its_reason(card):
 def test_what_had_no_time_left_is_compared_the_next_time(card):
     card.answers = {"attention": times(1.0, 2.0)}
     said = settle([CALL, OTHER])
-    assert "external attention of 1 x 16384 x 16384, 150 wide, half precision (not compared: no time" in said[1]
+    assert (
+        "external attention of 1 x 16384 x 16384, 150 wide, half precision (not compared: no time" in said[1]
+    )
     card.answers = {"external_attention": times(1.0, 2.0)}
     forget_choices()
     settle([CALL, OTHER])
