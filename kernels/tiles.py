@@ -197,10 +197,11 @@ def default_tile(
     """The tile of `defaults.json` for these widths, or for the least class that covers both."""
     table = read_tiles(TUNED / "defaults.json")[architecture.name][kernel]
     place = f"{width}x{value_width}"
-    if place not in table:
-        covering = (w for w in WIDTHS if w >= max(width, value_width) and f"{w}x{w}" in table)
-        place = "{0}x{0}".format(min(covering))
-    return Tile(*table[place][str(element_bytes)])
+    size = str(element_bytes)
+    if size not in table.get(place, {}):
+        wider = (f"{w}x{w}" for w in WIDTHS if w >= max(width, value_width))
+        place = next(place for place in wider if size in table.get(place, {}))
+    return Tile(*table[place][size])
 
 
 @functools.cache

@@ -67,6 +67,11 @@ def test_there_is_a_default_tile_for_every_width(architecture):
                 assert tile == default_tile(kernel, 16, width, element_bytes, architecture)
                 assert tile.block_queries >= 16
                 assert tile.block_keys >= (0 if kernel.endswith("few_keys") else 16)
+    # Also where only half precision has a tile of its own.
+    for kernel, widths in json.loads((tiles.TUNED / "defaults.json").read_text())[architecture.name].items():
+        for place in widths:
+            for element_bytes in (2, 4):
+                assert default_tile(kernel, *map(int, place.split("x")), element_bytes, architecture)
 
 
 @pytest.fixture
