@@ -5,6 +5,7 @@ B batch, N queries, M keys, D key width, E value width; n queries of a chunk.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Iterator
 from functools import partial
 
@@ -193,13 +194,26 @@ def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
 
     cuBLAS adds half-precision products to a float32 matrix itself; elsewhere a rounded product is made first.
     """
-    if left.dtype != torch.float32 and left.is_cuda and torch.version.hip is None:
+    if left.dtype != torch.float32 and left.is_cuda and _adds_in_place(left.dtype, left.device):
         if total is None:
             return torch.mm(left, right, out_dtype=torch.float32)
         return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     if total is None:
         return left @ right
     return total.add_(left @ right) if left.dtype != torch.float32 else total.addmm_(left, right)
+
+
+@functools.cache
+def _adds_in_place(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this PyTorch can add half-precision products to a float32 matrix: tried once on a small one."""
+    eye = torch.eye(16, dtype=dtype, device=device)
+    total = torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, eye, eye, out_dtype=torch.float32, out=total)
+        product = torch.mm(eye, eye, out_dtype=torch.float32)
+    except (RuntimeError, TypeError):
+        return False
+    return torch.equal(total, 1 + eye.float()) and torch.equal(product, eye.float())
 
 
 # The output and, for the backward, each row's log-sum-exp in base 2, (B, N) float32.

@@ -101,6 +101,19 @@ def test_small_float16_gradients_lose_no_more_than_large_ones(monkeypatch, form,
     )
 
 
+def test_products_add_up_in_float32_in_place_or_where_pytorch_cannot_do_it_by_a_rounded_product():
+    left, right = made(20, 30, dtype=torch.float16), made(30, 40, seed=1, dtype=torch.float16)
+    total = made(20, 40, seed=2)
+    exact = total.double() + left.double() @ right.double()
+    added = attention_triton.add_product(total, left, right)
+    assert added.data_ptr() == total.data_ptr()
+    assert (added.double() - exact).abs().max() <= 2**-11 * exact.abs().max()
+    product = attention_triton.add_product(None, left, right)
+    assert (product.double() - left.double() @ right.double()).abs().max() <= 2**-11 * exact.abs().max()
+    if DEVICE == "cpu":  # PyTorch's CPU has no such product
+        assert not attention_triton._adds_in_place(torch.float16, torch.device("cpu"))
+
+
 def test_a_gradient_is_raised_by_a_power_of_two_and_never_lowered():
     for largest, factor in [
         (0.0, 2.0),
