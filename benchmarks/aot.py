@@ -22,7 +22,6 @@ import triton
 
 from benchmarks.compiled import NUM_PIXELS, Case, Compiled
 from benchmarks.versions import VERSIONS, Report, compile_here, compile_with
-from segdeformer.kernels.resources import MATRIX_INSTRUCTIONS
 from segdeformer.kernels.tiles import (
     ARCHITECTURES,
     TUNED,
@@ -32,13 +31,9 @@ from segdeformer.kernels.tiles import (
     padded_width,
     read_tiles,
 )
+from segdeformer.kernels.tuning.cases import WIDTHS_OF
+from segdeformer.kernels.tuning.resources import MATRIX_INSTRUCTIONS
 
-# Beyond the classes of the default tiles: the decoder's own widths (internal attention folded and not,
-# external attention of 150, 171 and 19 classes).
-MAIN_WIDTHS = {
-    "attention": [(256, 256), (256, 150), (512, 512), (512, 150)],
-    "external": [(150, 150), (171, 171), (19, 19)],
-}
 TABLE = Path(__file__).parent / "results" / "aot.md"
 
 KERNELS = (
@@ -106,10 +101,11 @@ def shipped_cases(architectures: Iterable[str], *, main_only: bool = False) -> I
 def main_widths(kernel: str) -> list[tuple[int, int]]:
     """The decoder's own widths that a kernel is used for."""
     classes = class_widths(kernel)
+    operation = "external_attention" if kernel.startswith("external") else "attention"
     narrower = max((width for width in WIDTHS if width < classes[0]), default=0)
     return [
         (d, e)
-        for d, e in MAIN_WIDTHS[kernel.partition("_")[0]]
+        for d, e in WIDTHS_OF[operation]
         if narrower < max(padded_width(d), padded_width(e)) <= classes[-1]
     ]
 

@@ -1,9 +1,7 @@
 """Every Triton kernel against float64: all dtypes, odd sizes, strides, large logits, poisoned memory.
 
-An attention may be off by twice the error of the textbook form in the same dtype, plus 16 epsilons times the
-largest exact value or 1; `check_upsampling` says what the operations on upsampled logits may be. Groups of
-cases run in several processes, because most of the time is compiling.
-B batch, N queries, M keys, D key width, E value width, K classes.
+What is allowed `kernels/tuning/judge.py` says. Groups of cases run in several processes, because most of the
+time is compiling.
 """
 
 from __future__ import annotations
@@ -19,23 +17,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.check_upsampling import UpsamplingGroup, upsampling_cases
-from benchmarks.machine import Machine, short, this_machine
+from benchmarks.machine import Machine, poisoned_memory, short, this_machine
 from benchmarks.phases import Session
-from benchmarks.poison import poisoned_memory
-from segdeformer.kernels.attention import attention, attention_reference
-from segdeformer.kernels.clock import synchronize
-from segdeformer.kernels.crew import Crew, Over, Work, num_cores, stage
-from segdeformer.kernels.external_attention import external_attention, external_attention_reference
+from segdeformer.kernels.tuning.cases import WIDTHS_OF, attention_inputs
+from segdeformer.kernels.tuning.clock import synchronize
+from segdeformer.kernels.tuning.crew import Crew, Over, Work, num_cores, stage
+from segdeformer.kernels.tuning.judge import ROUNDINGS, Verdict, judge, worst_row_error
 
 MOST_WORKERS = 16  # each holds a few hundred MiB of the GPU
 MOST_LOSSES_OF_A_GROUP = 3  # processes; then its further cases are left out
 BATCH = 2
-ROUNDINGS = 16
 LARGE = 40  # times the usual logits: nearly all weight on one key
-# The decoder's own pairs of D and E; in training with gradients of both, folded ones forward only, which the
-# checks do not tell apart.
-DECODER_WIDTHS = ((256, 256), (256, 150), (512, 512), (512, 150))
-DECODER_CLASSES = (150, 19, 171)
+LARGE_ROUNDINGS = 48  # epsilons: such logits are rounded themselves, which shows in their exponentials
 ODD_WIDTHS = ((19, 19), (64, 32), (150, 160), (160, 512))  # each makes other panels
 # Only the kind of a size makes other code: 1, multiples of 16, others; and few keys, which have their kernel.
 SIZES = ((17, 63), (128, 128), (1000, 200))
@@ -63,21 +56,18 @@ AnyGroup = Group | UpsamplingGroup
 
 def first_groups(machine: Machine) -> list[Group]:
     """The decoder's own widths in the usual dtype."""
-    dtype = machine.halves[0]
-    external = [Group("external", k, k, dtype, _square(SIZES)) for k in DECODER_CLASSES]
-    internal = [Group("attention", d, e, dtype, SIZES) for d, e in DECODER_WIDTHS]
-    wanted = [group for pair in itertools.zip_longest(external, internal) for group in pair if group]
+    wanted = [
+        group for pair in itertools.zip_longest(*_decoder(machine.halves[0])) for group in pair if group
+    ]
     return [_smaller(group) for group in wanted[:3]] if machine.is_rehearsal else wanted
 
 
 def further_groups(machine: Machine) -> list[Group]:
     """The decoder's widths in other dtypes, more sizes of one of each kind, and odd widths."""
     found, usual = [], machine.halves[0]
-    for dtype in machine.dtypes:
-        if dtype == usual:
-            continue
-        found += [Group("external", k, k, dtype, _square(SIZES)) for k in DECODER_CLASSES[:2]]
-        found += [Group("attention", d, e, dtype, SIZES) for d, e in DECODER_WIDTHS[:3]]
+    for dtype in machine.dtypes[1:]:
+        external, internal = _decoder(dtype)
+        found += external[:2] + internal[:3]
     found += [Group("external", 2, 2, usual, _square(SIZES))]
     found += [Group("attention", d, e, usual, SIZES) for d, e in ODD_WIDTHS]
     found += [
@@ -85,6 +75,12 @@ def further_groups(machine: Machine) -> list[Group]:
         Group("attention", 256, 256, usual, MORE_SIZES, "more sizes"),
     ]
     return [_smaller(group) for group in found[:2] + found[-1:]] if machine.is_rehearsal else found
+
+
+def _decoder(dtype: torch.dtype) -> tuple[list[Group], list[Group]]:
+    """External and internal attentions."""
+    external = [Group("external", *pair, dtype, _square(SIZES)) for pair in WIDTHS_OF["external_attention"]]
+    return external, [Group("attention", *pair, dtype, SIZES) for pair in WIDTHS_OF["attention"]]
 
 
 def _square(sizes: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
@@ -97,14 +93,14 @@ def _smaller(group: Group) -> Group:
     return group._replace(sizes=((17, 17),) if group.operation == "external" else ((17, 33),))
 
 
-def attention_cases(group: Group, machine: Machine) -> Iterator[tuple[str, Callable[[], float]]]:
+def attention_cases(group: Group, machine: Machine) -> Iterator[tuple[str, Callable[[], Verdict]]]:
     """Those of an attention's group."""
     cases = ["plain", "strided", "large logits"]
     if machine.is_rehearsal and group.dtype == torch.float32:
         # NumPy's products k q and q k differ by several roundings: its backward misses its forward's lse.
         cases.remove("large logits")
     for (n, m), case in itertools.product(group.sizes, cases):
-        yield f"{n} x {m}, {case}", partial(run_case, group, n, m, case, machine)
+        yield f"{n} x {m}, {case}", partial(check_attention, group, n, m, case, machine)
 
 
 class Part(NamedTuple):
@@ -122,8 +118,8 @@ class Checked(NamedTuple):
     failure: str | None
 
 
-def cases_of(group: AnyGroup, machine: Machine) -> Iterator[tuple[str, Callable[[], float]]]:
-    """Names, and what gives the share of its allowance that a case takes."""
+def cases_of(group: AnyGroup, machine: Machine) -> Iterator[tuple[str, Callable[[], Verdict]]]:
+    """Names, and what judges a case."""
     if isinstance(group, UpsamplingGroup):
         return upsampling_cases(group, machine)
     return attention_cases(group, machine)
@@ -132,15 +128,15 @@ def cases_of(group: AnyGroup, machine: Machine) -> Iterator[tuple[str, Callable[
 def check_group(part: Part) -> Iterator[Checked]:
     """What a process does: one case after the other."""
     machine = this_machine()
-    for name, share_of in itertools.islice(cases_of(part.group, machine), part.first, None):
+    for name, check in itertools.islice(cases_of(part.group, machine), part.first, None):
         stage(name)
         try:
-            share = share_of()
+            verdict = check()
         except (RuntimeError, ValueError, AssertionError) as error:
             synchronize(machine.device)  # an error that stays ends this process
             yield Checked(name, math.nan, " ".join(str(error).split())[-300:])
             continue
-        yield Checked(name, share, None if share <= 1 else f"{share:.3g} times the allowed error")  # or NaN
+        yield Checked(name, verdict.share, verdict.wrong)
 
 
 def run(session: Session, wanted: Iterable[AnyGroup], *, check: Work = check_group) -> int:
@@ -201,42 +197,31 @@ def right(entry: dict[str, Any] | None) -> bool:
     return entry is not None and not entry["failures"]
 
 
-def run_case(group: Group, n: int, m: int, case: str, machine: Machine) -> float:
-    """The largest error of output and gradients as a share of what is allowed; NaN if any element is."""
-    generator = torch.Generator(machine.device).manual_seed(n * 10007 + m)
-    large = LARGE if case == "large logits" else 1
-
-    def random(factor: float, *shape: int, dtype: torch.dtype = group.dtype) -> Tensor:
-        made = (factor * torch.randn(shape, generator=generator, device=machine.device)).to(dtype)
-        return strided(made) if case == "strided" else made
-
-    run: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
-    if group.operation == "external":
-        scale, scores = 1.0, random(3 * large, BATCH, n, group.width)
-        inputs = [scores, random(3, BATCH, n, group.width, dtype=torch.float32)]
-        run, reference = external_attention, external_attention_reference
-    else:
-        scale, queries = group.width**-0.5, random(large, BATCH, n, group.width)
-        inputs = [queries, random(1, BATCH, m, group.width), random(1, BATCH, m, group.value_width)]
-        run, reference = attention, attention_reference
-    upstream = random(1, BATCH, n, group.value_width)
-
-    def everything(function: Callable[..., Tensor], *, exact: bool, **options: Any) -> list[Tensor]:
-        leaves = [(t.double() if exact else t).detach().requires_grad_() for t in inputs]
-        out = function(*leaves, scale=scale, **options)
-        return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
-
-    exact = everything(reference, exact=True)
-    eager = everything(reference, exact=False)
+def check_attention(group: Group, n: int, m: int, case: str, machine: Machine) -> Verdict:
+    """Output and gradients."""
+    inputs = attention_inputs(
+        group.operation,
+        (group.width, group.value_width),
+        (BATCH, n, m),
+        dtype=group.dtype,
+        device=machine.device,
+        training=True,
+        peak=LARGE if case == "large logits" else 1.0,
+        seed=n * 10007 + m,
+        arrange=strided if case == "strided" else torch.Tensor.contiguous,
+    )
     with poisoned_memory():
-        ours = everything(run, exact=False, impl="triton")
-    shares = []
-    for mine, theirs, right in zip(ours, eager, exact, strict=True):
-        allowed = 2 * (theirs.double() - right).abs().max()
-        allowed += ROUNDINGS * torch.finfo(group.dtype).eps * right.abs().max().clamp(min=1)
-        shares.append(((mine.double() - right).abs().max() / allowed).item())
-    return max(shares, key=lambda share: float("inf") if share != share else share)
+        results = inputs.step("triton")()
+    expected = inputs.expected(least=1.0)  # a single key's score has no gradient, but for rounding
+    if case == "large logits":
+        rounding = max(LARGE_ROUNDINGS, ROUNDINGS[group.dtype]) * torch.finfo(group.dtype).eps
+        expected = [right._replace(error=by_longest_row, rounding=rounding) for right in expected]
+    return judge(results, expected)
+
+
+def by_longest_row(result: Tensor, exact: Tensor) -> float:
+    """`worst_row_error`, where nearly all rows but a few may be zero."""
+    return worst_row_error(result, exact, least=max(1.0, exact.norm(dim=-1).max().item()))
 
 
 def strided(tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.choose_tiles [--only sm_90 ...]    the decoder's own widths in half precision
 
-Of each kernel's most promising candidates the one that is fastest by the model of `kernels/tile_speed.py`,
+Of each kernel's most promising candidates the one that is fastest by the model of the tuner's candidates,
 from what the compilers made of it. It must fit the card and use its matrix instruction with every Triton
 version that we promise; the slowest of them counts. The present tile stays where no other promises enough
 more. No GPU is involved.
@@ -20,9 +20,13 @@ from typing import NamedTuple
 from benchmarks.aot import KERNELS, class_widths, main_widths
 from benchmarks.compiled import NUM_PIXELS, Case, Compiled
 from benchmarks.versions import VERSIONS, compile_with
-from segdeformer.kernels.tile_speed import scores_per_cycle
 from segdeformer.kernels.tiles import ARCHITECTURES, TUNED, Tile, default_tile, padded_width
-from segdeformer.kernels.tune_candidates import candidate_tiles, estimated_resources
+from segdeformer.kernels.tuning.candidates import (
+    Target,
+    candidate_tiles,
+    estimated_resources,
+    scores_per_cycle,
+)
 
 MANY_PIXELS = 65536  # of the maps with few classes
 GAIN = 1.05  # that the model must promise for a new tile
@@ -40,36 +44,23 @@ class Wanted(NamedTuple):
     element_bytes: int
 
     @property
-    def num_rows(self) -> int:
-        return MANY_PIXELS if max(self.width, self.value_width) <= 32 else NUM_PIXELS
-
-    @property
-    def padded(self) -> tuple[int, int]:
-        return padded_width(self.width), padded_width(self.value_width)
+    def target(self) -> Target:
+        num_rows = MANY_PIXELS if max(self.width, self.value_width) <= 32 else NUM_PIXELS
+        widths = padded_width(self.width), padded_width(self.value_width)
+        return Target(self.kernel, widths, self.element_bytes, ARCHITECTURES[self.architecture], num_rows)
 
     def present(self) -> Tile:
-        return default_tile(self.kernel, *self.padded, self.element_bytes, ARCHITECTURES[self.architecture])
+        target = self.target
+        return default_tile(self.kernel, *target.widths, self.element_bytes, target.architecture)
 
     def case(self, tile: Tile) -> Case:
         return Case(self.kernel, self.width, self.value_width, self.element_bytes, self.architecture, tile)
 
     def candidates(self, most: int) -> list[Tile]:
         """The present tile, then those that may be as fast. The tuner tries bulk copies, and checks them."""
-        architecture, present = ARCHITECTURES[self.architecture], self.present()
-        case = self.kernel, self.padded, self.element_bytes, architecture
-        tiles = [t for t in candidate_tiles(*case, present, num_rows=self.num_rows) if not t.tma]
-        estimates = {
-            tile: scores_per_cycle(
-                self.kernel,
-                tile,
-                self.padded,
-                self.element_bytes,
-                architecture,
-                estimated_resources(self.kernel, tile, self.padded, self.element_bytes, architecture),
-                num_rows=self.num_rows,
-            )
-            for tile in tiles
-        }
+        target, present = self.target, self.present()
+        tiles = [t for t in candidate_tiles(target, present) if not t.tma]
+        estimates = {t: scores_per_cycle(target, t, estimated_resources(target, t)) for t in tiles}
         best = sorted(tiles[1:], key=lambda tile: -estimates[tile])
         likely = [tile for tile in tiles[1:] if estimates[tile] >= PROMISE * estimates[present]]
         # The best few in any case: the present tile may turn out not to fit.
@@ -79,15 +70,7 @@ class Wanted(NamedTuple):
         """Scores in a cycle by the model; 0 for what the gate would not let pass."""
         if made is None or made.slow_products:
             return 0.0
-        return scores_per_cycle(
-            self.kernel,
-            made.case.tile,
-            self.padded,
-            self.element_bytes,
-            ARCHITECTURES[self.architecture],
-            made.resources,
-            num_rows=self.num_rows,
-        )
+        return scores_per_cycle(self.target, made.case.tile, made.resources)
 
 
 def choose(wanted: list[Wanted], folder: Path, *, most: int) -> dict[Wanted, Tile]:
@@ -124,7 +107,7 @@ def write_tiles(chosen: dict[Wanted, Tile]) -> None:
     table = json.loads(path.read_text())
     for want, tile in chosen.items():
         by_width = table[want.architecture].setdefault(want.kernel, {})
-        by_width.setdefault("{}x{}".format(*want.padded), {})[str(want.element_bytes)] = tile
+        by_width.setdefault("{}x{}".format(*want.target.widths), {})[str(want.element_bytes)] = tile
     text = json.dumps(table, indent=1)
     path.write_text(re.sub(r"\[\s+([^]]*?)\s+\]", _one_line, text) + "\n")
 

@@ -10,12 +10,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.errors import TritonError
 
-from segdeformer.kernels import attention_launches as attention
-from segdeformer.kernels import external_attention_triton as external
-from segdeformer.kernels import upsample_launches as upsampling
+from segdeformer.kernels.attention import launch as attention
+from segdeformer.kernels.external_attention import launch as external
 from segdeformer.kernels.launch import Launch
-from segdeformer.kernels.resources import MATRIX_INSTRUCTIONS, Resources, resources_of
 from segdeformer.kernels.tiles import ARCHITECTURES, Architecture, Tile, padded_width
+from segdeformer.kernels.tuning.resources import MATRIX_INSTRUCTIONS, Resources, resources_of
+from segdeformer.kernels.tuning.trial import launch_of, written
+from segdeformer.kernels.upsample import launch as upsampling
 
 TYPES = {
     torch.float32: "fp32",
@@ -68,9 +69,10 @@ def build_launch(case: Case) -> Launch | None:
     """The kernel's call on tensors without memory; None where the tile rules the kernel out."""
     if case.kernel.startswith("upsampled"):
         return build_upsampling_launch(case)
-    dtype = _dtype(case)
 
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+    usual = _dtype(case)
+
+    def empty(*shape: int, dtype: torch.dtype = usual) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     few = case.kernel == "attention_forward_few_keys"
@@ -79,34 +81,20 @@ def build_launch(case: Case) -> Launch | None:
     n = NUM_PIXELS if case.even else NUM_PIXELS - 1
     m = case.tile.block_keys if few else n
     d, e = case.width, case.value_width
-    is_external = case.kernel.startswith("external")
     values = empty(1, m, padded_width(e))
-    keys = values if is_external else empty(1, m, padded_width(d))
+    keys = values if case.kernel.startswith("external") else empty(1, m, padded_width(d))
     x = attention.Operands(empty(1, n, padded_width(d)), keys, values, d, e, 1 / 16)
-    lse = empty(1, n, dtype=torch.float32)
+    lse, class_logits = empty(1, n, dtype=torch.float32), empty(1, n, d, dtype=torch.float32)
+    if case.kernel == "row_deltas":
+        return attention.deltas_launch(empty(1, n, e), empty(1, n, e), lse)
+    if case.kernel == "class_probabilities":
+        return external.probabilities_launch(class_logits, keys)
     upstream = attention.Upstream(empty(1, n, padded_width(e)), lse, lse)
-    out, of_queries, of_keys, of_values = empty(1, n, e), empty(1, n, d), empty(1, m, d), empty(1, m, e)
-    match case.kernel:
-        case "attention_forward" | "external_forward":
-            return attention.forward_launch(x, out, lse, keys_are_values=is_external, tile=case.tile)
-        case "attention_forward_few_keys":
-            return attention.few_keys_launch(x, out, lse, tile=case.tile)
-        case "attention_backward_queries" | "external_backward_queries":
-            return attention.backward_queries_launch(
-                x, upstream, of_queries, keys_are_values=is_external, tile=case.tile
-            )
-        case "attention_weights_and_grads":
-            return attention.weights_launch(x, upstream, empty(1024, n), empty(1024, n), tile=case.tile)
-        case "external_backward_keys":
-            logits = empty(1, n, d, dtype=torch.float32)
-            return external.external_backward_keys_launch(x, upstream, logits, logits, tile=case.tile)
-        case "row_deltas":
-            return attention.deltas_launch(out, out, lse)
-        case "class_probabilities":
-            return external.probabilities_launch(empty(1, n, d, dtype=torch.float32), x.keys)
-        case _:
-            part = case.kernel.removeprefix("attention_backward_")
-            return attention.backward_keys_launch(x, upstream, of_keys, of_values, part=part, tile=case.tile)
+    results = {"out": empty(1, n, e), "lse": lse, "class_logits": class_logits}
+    results |= {"queries": empty(1, n, d), "keys": empty(1, m, d), "values": empty(1, m, e)}
+    results |= dict.fromkeys(("weights", "grad_scores"), empty(1024, n))
+    results = {name: results[name] for name in written(case.kernel)}
+    return launch_of(case.kernel, x, upstream, results, case.tile, class_logits=class_logits)
 
 
 def build_upsampling_launch(case: Case) -> Launch:

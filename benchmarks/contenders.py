@@ -10,7 +10,7 @@ B batch, N pixels, M keys, C decoder width, K classes, E value width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -20,8 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks.machine import Machine
+from benchmarks.phases import Contender
 from segdeformer.kernels.attention import attention, attention_reference
 from segdeformer.kernels.external_attention import external_attention, external_attention_reference
+from segdeformer.kernels.tuning.cases import step
+from segdeformer.kernels.tuning.judge import Verdict
 
 BACKENDS = (
     SDPBackend.FLASH_ATTENTION,
@@ -30,6 +33,9 @@ BACKENDS = (
     SDPBackend.MATH,
 )
 SDPA_MULTIPLE, FLEX_MULTIPLE = 8, 16
+FLEX_PATIENCE_S = 300.0  # TorchInductor tries several tiles
+
+Judge = Callable[[list[Tensor]], Verdict]
 
 
 class Row(NamedTuple):
@@ -67,22 +73,13 @@ class Form(NamedTuple):
     inputs: tuple[Tensor, ...]
     reference: Callable[..., Tensor]
     widths: tuple[int, int]  # of scores, and of values: what FLOPs are counted by
+    grad_out: Tensor | None
 
     def flops(self, row: Row) -> float:
         """Of the products over N x M: two in the forward, five more in the backward."""
         d, e = self.widths
         per_score = 2 * (d + e) + (2 * (3 * d + 2 * e) if row.training else 0)
         return float(row.batch * row.num_pixels * row.num_keys * per_score)
-
-
-class Contender(NamedTuple):
-    """Something that computes a form, from the form's own inputs or padded ones."""
-
-    name: str
-    form: Form
-    inputs: tuple[Tensor, ...]
-    run: Callable[..., Tensor]  # of the inputs
-    needs_bytes: int = 0  # of N x M matrices
 
 
 def make_forms(row: Row, machine: Machine) -> list[Form]:
@@ -95,51 +92,74 @@ def make_forms(row: Row, machine: Machine) -> list[Form]:
     def leaf(tensor: Tensor, dtype: torch.dtype = row.dtype) -> Tensor:
         return tensor.to(dtype).requires_grad_(row.training)
 
+    def upstream(width: int) -> Tensor | None:
+        return random(1, row.batch, row.num_pixels, width).to(row.dtype) if row.training else None
+
     b, n, m, c, e = row.batch, row.num_pixels, row.num_keys, row.width, row.value_width
     if row.operation != "external":
         inputs = (leaf(random(1, b, n, c)), leaf(random(1, b, m, c)), leaf(random(1, b, m, e)))
-        return [Form("plain", inputs, attention_reference, (c, e))]
+        return [Form("plain", inputs, attention_reference, (c, e), upstream(e))]
     queries, keys_KC, values_KC = random(2, b, n, c), random(1, e, c), random(1, e, c)
     middle = random(3, b, n, e)
     mixtures = middle.softmax(dim=-1)
     plain = tuple(leaf(t) for t in (queries, mixtures @ keys_KC, mixtures @ values_KC))
     low_rank = (leaf(queries @ keys_KC.T), leaf(middle, torch.float32))
     return [
-        Form("low rank", low_rank, external_attention_reference, (e, e)),
-        Form("plain", plain, attention_reference, (c, c)),
+        Form("low rank", low_rank, external_attention_reference, (e, e), upstream(e)),
+        Form("plain", plain, attention_reference, (c, c), upstream(c)),
     ]
 
 
-def contenders(row: Row, forms: list[Form], machine: Machine) -> Iterator[Contender]:
-    """Ours first."""
+def contenders(
+    row: Row, forms: list[Form], judges: Mapping[str, Judge], machine: Machine
+) -> Iterator[Contender]:
+    """Ours first. judges: by the form's name, of results in the form's widths or wider."""
+
+    def contender(
+        name: str, form: Form, inputs: tuple[Tensor, ...], run: Callable[..., Tensor], needs_bytes: int = 0
+    ) -> Contender:
+        grad_out, width = form.grad_out, inputs[-1].shape[2]
+        if grad_out is not None:
+            grad_out = F.pad(grad_out, (0, width - grad_out.shape[2]))
+        return Contender(
+            name,
+            step(run, inputs, grad_out),
+            judges[form.name],
+            {"form": form.name},
+            needs_bytes,
+            FLEX_PATIENCE_S if name.startswith("Flex") else None,
+            {"tflops": form.flops(row) / 1e9},
+        )
+
     ours, plain = forms[0], forms[-1]
     operation = external_attention if row.operation == "external" else attention
-    yield Contender(
-        "ours (triton)", ours, ours.inputs, functools.partial(operation, scale=row.scale, impl="triton")
-    )
+    triton = functools.partial(operation, scale=row.scale, impl="triton")
+    yield contender("ours (triton)", ours, ours.inputs, triton)
     copies = 6 if row.training else 3  # of scores: scaled, softmax, and their gradients
     matrix_bytes = row.batch * row.num_pixels * row.num_keys * row.dtype.itemsize
     textbook = functools.partial(attention_reference, scale=row.scale)
-    yield Contender("textbook eager", plain, plain.inputs, textbook, copies * matrix_bytes)
+    yield contender("textbook eager", plain, plain.inputs, textbook, copies * matrix_bytes)
     for padding, inputs in _sdpa_inputs(plain, row):
         for backend in BACKENDS if not padding else BACKENDS[:-1]:
-            name = f"sdpa {backend.name.removesuffix('_ATTENTION').lower()}{padding}"
             needs = 2 * copies * matrix_bytes if backend is SDPBackend.MATH else 0
             run = functools.partial(_sdpa, backend=backend, row=row)
-            yield Contender(name, plain, inputs, run, needs)
+            yield contender(f"{_name(backend)}{padding}", plain, inputs, run, needs)
     if row.operation == "external":
         inputs = _padded_low_rank(ours, row)
         for backend in BACKENDS[:-1]:
-            name = f"sdpa {backend.name.removesuffix('_ATTENTION').lower()}, low rank"
             run = functools.partial(_sdpa_low_rank, backend=backend, row=row)
-            yield Contender(name, ours, inputs, run)
+            yield contender(f"{_name(backend)}, low rank", ours, inputs, run)
     if row.with_flex:
         compiled = compiled_flex("eager" if machine.is_rehearsal else "inductor")
         for width in sorted({_up(w, FLEX_MULTIPLE) for w in plain.widths} | {_power(max(plain.widths))}):
             if width >= max(plain.widths):
                 inputs = _pad(plain.inputs, width, width, row)
                 run = functools.partial(_flex, compiled=compiled, row=row)
-                yield Contender(f"FlexAttention, compiled, {width} wide", plain, inputs, run)
+                yield contender(f"FlexAttention, compiled, {width} wide", plain, inputs, run)
+
+
+def _name(backend: SDPBackend) -> str:
+    return f"sdpa {backend.name.removesuffix('_ATTENTION').lower()}"
 
 
 def _sdpa_inputs(plain: Form, row: Row) -> Iterator[tuple[str, tuple[Tensor, ...]]]:

@@ -7,17 +7,17 @@ autocast.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.kernels import summary
-from benchmarks.machine import Machine, free_bytes, peak_mib, short, tiles_digest, timings
-from benchmarks.phases import Session, begin_contender, measure_rows
-from segdeformer.kernels.clock import synchronize
+from benchmarks.machine import Machine, free_bytes, peak_mib, tiles_digest
+from benchmarks.phases import Contender, Session, begin_contender, measure_contenders, measure_rows
 from segdeformer.kernels.impl import Impl
+from segdeformer.kernels.tuning.judge import Expected, Verdict, judge
 
 SECONDS = 1.0
 
@@ -97,39 +97,25 @@ def measure_inference(shape: Shape, machine: Machine, without: Mapping[str, str]
     ]
     precise = build_decoder(shape, "sdpa").eval().to(machine.device, torch.float32)
     right = precise([m.float() for m in maps]).logits_BKhw
-    allowed = None
-    entries: dict[str, dict[str, Any]] = {}
-    runs: dict[str, Callable[[], object]] = {}
-    for name, decoder in ways(shape, machine).items():
-        entry = entries[name] = {}
-        if name in without:
-            entry["refused"] = without[name]
-            continue
-        begin_contender(name)
-        try:
-            logits = decoder(maps).logits_BKhw
-            synchronize(machine.device)
-        except (RuntimeError, ValueError) as error:
-            synchronize(machine.device)  # an error that stays ends this process
-            entry["refused"] = " ".join(str(error).split())[:300]
-            continue
-        if name != "segformer":
-            off = ((logits.float() - right).abs().max() / right.abs().max()).item()
-            allowed = allowed or 2 * off + 4 * torch.finfo(dtype).eps
-            entry["relative_error_of_logits"] = short(off)
-            if not off <= allowed:  # NaN is never allowed
-                entry["refused"] = f"wrong logits: off by {off:.2g}, allowed {allowed:.2g}"
-                continue
-        runs[name] = _inference(decoder, maps)
-        peak = peak_mib(runs[name], machine)
-        entry["peak_mib"] = None if peak is None else round(peak, 1)
-    for name, (ms, eager_ms) in timings(runs, machine, seconds=SECONDS).items():
-        entries[name] |= {"ms": short(ms), "eager_ms": short(eager_ms)}
+    eager_errors: list[float] = []  # of the first way
+
+    def judge_logits(results: Any) -> Verdict:
+        logits = results.logits_BKhw
+        eager_errors.append(logits_error(logits, right))
+        wanted = Expected("logits", right, eager_errors[0], logits_error, "off by", dtype=dtype)
+        return judge([logits], [wanted])
+
+    named = (
+        Contender(name, partial(decoder, maps), None if name == "segformer" else judge_logits)
+        for name, decoder in ways(shape, machine).items()
+    )
+    entries = measure_contenders(named, machine, without, seconds=SECONDS)
     return {**shape._asdict(), "dtype": str(dtype), "contenders": entries}
 
 
-def _inference(decoder: nn.Module, maps: list[Tensor]) -> Callable[[], object]:
-    return lambda: decoder(maps)
+def logits_error(logits: Tensor, right: Tensor) -> float:
+    """The largest, as a share of the largest logit."""
+    return ((logits.float() - right).abs().max() / right.abs().max()).item()
 
 
 def measure_training_memory(
@@ -177,4 +163,4 @@ def run(session: Session) -> int:
     wanted.insert(1, (shapes[0], "training memory"))
     rows = {f"{shape.width}, {shape.num_classes}, {kind}": (shape, kind) for shape, kind in wanted}
     tiles = tiles_digest(session.machine)
-    return measure_rows(session, "decoder", rows, measure, tiles_of=lambda row: tiles, summary=summary)
+    return measure_rows(session, "decoder", rows, measure, tiles_of=lambda row: tiles)

@@ -2,11 +2,11 @@
 
     python -m benchmarks.gpu [--minutes 8.5] [--out FOLDER] [--only PHASE] [--interpret]
 
-Phases in the order of their worth: checks against float64 of what the decoder runs, its tiles and the races
-for `auto`, the rows of the goals, the whole decoder, the upsampled logits; then breadth: other dtypes and
-sizes, FlexAttention, batches, the kernels' tests. Each has a share of the time; what is left goes on when the
-same command is given again, on the same machine best right away: Triton keeps what it compiled. Nothing but
-torch, triton and numpy is needed.
+Phases in the order of their worth: checks against float64 of what the decoder runs, its tiles and the
+comparisons for `auto`, the rows of the goals, the whole decoder, the upsampled logits; then breadth: other
+dtypes and sizes, FlexAttention, batches, the kernels' tests. Each has a share of the time; what is left goes
+on when the same command is given again, on the same machine best right away: Triton keeps what it compiled.
+Nothing but torch, triton and numpy is needed.
 
 All kernels run in processes that a `Crew` watches. One that crashes, breaks or hangs costs the case, tile or
 contender that it had in hand, which is named; everything else is measured. FOLDER/GPU/DATE.json and .md are

@@ -11,10 +11,8 @@ run, bit for bit, and nothing half-written may be left. Exit code 1 if not.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import random
 import signal
 import sys
@@ -31,12 +29,15 @@ import torch
 
 from segdeformer.config import Recipe, load_recipe
 from segdeformer.data.built_in import SyntheticDataset
-from segdeformer.engine.checkpoint import BEST, LAST
-from segdeformer.engine.run import RECIPE, resume_run, start_run
-from segdeformer.engine.runlog import read_metrics
-from segdeformer.engine.saves import CHECKPOINTS, WRITING, newest
-from segdeformer.engine.train import train
-from segdeformer.kernels.tuned_file import commit
+from segdeformer.data.samples import Splits
+from segdeformer.files import write_text
+from segdeformer.measure.machine import this_machine
+from segdeformer.runtime import Runtime
+from segdeformer.training.loop import train
+from segdeformer.training.run import RECIPE, resume_run, start_run
+from segdeformer.training.runlog import read_metrics
+from segdeformer.training.saves import CHECKPOINTS, WRITING, newest
+from segdeformer.weights.checkpoint import BEST, LAST
 
 VALIDATE_EVERY, SAVE_EVERY = 7, 3
 LONGEST_LIFE = 0.4  # of the time that the unbroken run takes
@@ -50,11 +51,6 @@ class Life(NamedTuple):
     seconds: float
     iteration: int | None  # of the newest checkpoint that it left; None: none yet
     in_write: bool  # a checkpoint was half-written
-
-
-class Ending(NamedTuple):
-    lives: list[Life]
-    faults: list[str]
 
 
 def small_recipe(iterations: int) -> Recipe:
@@ -81,13 +77,15 @@ def go_on(folder: Path, *, iterations: int, workers: int) -> None:
     run = begin(
         small_recipe(iterations),
         folder,
-        train_data=SyntheticDataset("train", num_images=7, size_hw=(49, 63)),
-        val_data=SyntheticDataset("val", num_images=2, size_hw=(33, 41)),
-        device=torch.device("cpu"),
+        Splits(
+            SyntheticDataset("train", num_images=7, size_hw=(49, 63)),
+            SyntheticDataset("val", num_images=2, size_hw=(33, 41)),
+        ),
+        runtime=Runtime(workers=workers),
     )
-    if run.warnings:
-        raise RuntimeError(f"a checkpoint was damaged: {run.warnings}")
-    for _ in train(run, workers=workers):
+    if run.progress.warnings:
+        raise RuntimeError(f"a checkpoint was damaged: {run.progress.warnings}")
+    for _ in train(run):
         pass
 
 
@@ -126,9 +124,9 @@ def wait_until(condition: Callable[[], bool], child: int, *, longest_s: float) -
     return not is_over(child)
 
 
-def half_written(folder: Path, child: int) -> Path | None:
-    """The checkpoint that this process is writing."""
-    return next((folder / CHECKPOINTS).glob(f"{WRITING}*-{child}"), None)
+def half_written(folder: Path, child: int) -> set[Path]:
+    """The checkpoint that this process is writing, if it is."""
+    return set((folder / CHECKPOINTS).glob(f"{WRITING}*-{child}"))
 
 
 def is_in_write(folder: Path, child: int, number: int, *, longest_s: float) -> bool:
@@ -136,16 +134,17 @@ def is_in_write(folder: Path, child: int, number: int, *, longest_s: float) -> b
     seen: set[Path] = set()
 
     def writes() -> bool:
-        path = half_written(folder, child)
-        if path is not None:
-            seen.add(path)
-        return path is not None and len(seen) == number
+        now = half_written(folder, child)
+        seen.update(now)
+        return bool(now) and len(seen) == number
 
     return wait_until(writes, child, longest_s=longest_s)
 
 
-def break_often(folder: Path, kills: int, rng: random.Random, *, whole_run_s: float, **run: int) -> Ending:
-    """Kill the run up to so many times, then let it end."""
+def break_often(
+    folder: Path, kills: int, rng: random.Random, *, whole_run_s: float, **run: int
+) -> tuple[list[Life], list[str]]:
+    """Kill the run up to so many times, then let it end; its lives, and what was wrong after a kill."""
     lives: list[Life] = []
     while True:
         began = time.monotonic()
@@ -160,16 +159,16 @@ def break_often(folder: Path, kills: int, rng: random.Random, *, whole_run_s: fl
             longest_s = rng.uniform(0, LONGEST_LIFE * whole_run_s)
             is_there = wait_until(lambda: False, child, longest_s=longest_s)
         if not is_there:
-            return Ending(lives, [])
+            return lives, []
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         stored = newest(folder)
-        in_write = half_written(folder, child) is not None
+        in_write = bool(half_written(folder, child))
         lives.append(Life(time.monotonic() - began, stored.iteration if stored else None, in_write))
         if stored is not None and stored.damaged:
-            return Ending(lives, stored.warnings)
+            return lives, stored.warnings
         if len(lives) > kills:
-            return Ending(lives, ["the last life did not end"])
+            return lives, ["the last life did not end"]
 
 
 def differences(folder: Path, unbroken: Path) -> list[str]:
@@ -199,6 +198,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
+    machine = this_machine(torch.device("cpu"))
     lives: list[Life] = []
     faults: list[str] = []
     with tempfile.TemporaryDirectory() as place:
@@ -212,14 +212,12 @@ def main() -> None:
         while len(lives) < arguments.kills and not faults:
             folder = Path(place, f"broken-{num_runs}")
             num_runs += 1
-            ending = break_often(folder, arguments.kills - len(lives), rng, whole_run_s=whole_run_s, **run)
-            lives += ending.lives
-            faults += ending.faults or differences(folder, unbroken)
+            more = break_often(folder, arguments.kills - len(lives), rng, whole_run_s=whole_run_s, **run)
+            lives += more[0]
+            faults += more[1] or differences(folder, unbroken)
     result = {
         "what": "SIGKILL of a small CPU run at random moments and inside checkpoint writes; then resumed",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
+        "machine": machine._asdict(),
         "kills": len(lives),
         "inside_a_checkpoint_write": sum(life.in_write for life in lives),
         "before_the_first_checkpoint": sum(life.iteration is None for life in lives),
@@ -230,7 +228,7 @@ def main() -> None:
         "faults": faults,
     }
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        write_text(arguments.json, json.dumps(result, indent=1) + "\n")
     print(
         f"{len(lives)} kills in {num_runs} runs, {result['inside_a_checkpoint_write']} of them inside a "
         f"checkpoint write, {result['before_the_first_checkpoint']} before the first one"

@@ -11,15 +11,14 @@ class fills it, which torchvision does not offer.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import os
-import platform
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +26,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import cv2
 import numpy as np
-import PIL
 import PIL.Image
 import torch
-import torchvision
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torchvision import tv_tensors
@@ -40,9 +37,11 @@ from torchvision.transforms import v2
 from segdeformer.config import DataConfig, Recipe, load_recipe
 from segdeformer.data.datasets import open_dataset
 from segdeformer.data.loader import training_batches
-from segdeformer.kernels.commit import commit
-from segdeformer.measure.machine import cpu_name
+from segdeformer.files import write_text
+from segdeformer.measure.machine import this_machine
+from segdeformer.measure.speed import Length, alternating_ms
 
+RECIPE = "ade20k-segdeformer-b1"
 NUM_PAIRS = 64
 SIZES_HW = ((512, 683), (683, 512), (512, 512), (512, 768))  # most of ADE20K has a short edge of 512
 NUM_CLASSES = 150
@@ -133,43 +132,36 @@ def ours(root: Path, recipe: Recipe, workers: int, num_batches: int) -> Iterable
     return training_batches(dataset, recipe, start=0, stop=num_batches, workers=workers)
 
 
-def images_per_s(batches: Iterable[object], num_images: int) -> float:
-    began = time.perf_counter()
-    for _ in batches:
-        pass
-    return num_images / (time.perf_counter() - began)
+def images_per_s(
+    ways: Mapping[str, Callable[[], Iterable[object]]], num_images: int, *, rounds: int
+) -> dict[str, list[float]]:
+    """In alternation, each round from the start of the workers to the last batch."""
+    runs = {name: partial(lambda batches: deque(batches(), maxlen=0), way) for name, way in ways.items()}
+    times = list(alternating_ms(runs, length=Length(rounds, 0)))
+    return {name: [round(1000 * num_images / ms[name], 1) for ms in times] for name in ways}
 
 
 def measure(root: Path, *, workers: int, rounds: int, num_batches: int, choice: Theirs) -> dict[str, object]:
-    """Both in alternation, each round from the start of the workers to the last batch."""
-    recipe = load_recipe("ade20k-segdeformer-b1")
-    num_images = num_batches * recipe.train.batch_size
-    ways: dict[str, Callable[[], Iterable[object]]] = {
+    """Both, with so many workers."""
+    recipe = load_recipe(RECIPE)
+    ways = {
         "ours": lambda: ours(root, recipe, workers, num_batches),
         "torchvision": lambda: theirs(root, recipe, choice, workers, num_batches),
     }
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            rates[name].append(images_per_s(way(), num_images))
+    rates = images_per_s(ways, num_batches * recipe.train.batch_size, rounds=rounds)
     medians = {name: statistics.median(rate) for name, rate in rates.items()}
-    return {
-        "images_per_s": {name: round(rate, 1) for name, rate in medians.items()},
-        "rounds": {name: [round(rate, 1) for rate in found] for name, found in rates.items()},
-        "times_faster": round(medians["ours"] / medians["torchvision"], 2),
-    }
+    times_faster = round(medians["ours"] / medians["torchvision"], 2)
+    return {"images_per_s": medians, "rounds": rates, "times_faster": times_faster}
 
 
 def fastest_choice(root: Path) -> tuple[Theirs, dict[str, float]]:
     """What suits torchvision best here, in the process itself."""
-    recipe = load_recipe("ade20k-segdeformer-b1")
-    choices = [Theirs(*choice) for choice in itertools.product(DECODERS, (True, False))]
-    found = dict.fromkeys(choices, 0.0)
-    for choice in choices * CHOOSING_ROUNDS:
-        rate = images_per_s(theirs(root, recipe, choice, 0, 2), 2 * recipe.train.batch_size)
-        found[choice] = max(found[choice], rate)
-    names = {f"{c.decoder}, antialias {c.antialias}": round(rate, 1) for c, rate in found.items()}
-    return max(found, key=found.__getitem__), names
+    recipe = load_recipe(RECIPE)
+    choices = {f"{d}, antialias {a}": Theirs(d, a) for d, a in itertools.product(DECODERS, (True, False))}
+    ways = {name: partial(theirs, root, recipe, choice, 0, 2) for name, choice in choices.items()}
+    rates = images_per_s(ways, 2 * recipe.train.batch_size, rounds=CHOOSING_ROUNDS)
+    best = {name: max(rate) for name, rate in rates.items()}
+    return choices[max(best, key=best.__getitem__)], best
 
 
 def main() -> None:
@@ -178,41 +170,25 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8, help="of 16 images, in each round")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    lengths = {"rounds": arguments.rounds, "num_batches": arguments.batches}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_pairs(root)
-        load_average = os.getloadavg()[0]
+        machine = this_machine(torch.device("cpu"), "torchvision", "pillow")
         choice, choices = fastest_choice(root)
         result = {
             "what": f"training batches of 16 crops of 512x512, float32, from {NUM_PAIRS} pairs of "
             f"{', '.join(f'{w}x{h}' for h, w in SIZES_HW)} px; images per second, median of the rounds",
-            "hardware": cpu_name(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
-                "opencv": cv2.__version__,
-                "pillow": PIL.__version__,
-            },
-            "load_average_before": round(load_average, 1),  # of other work; more than 0.3 distorts
-            "commit": commit(),
-            "date": datetime.date.today().isoformat(),
+            "machine": machine._asdict() | {"opencv": cv2.__version__},
             "torchvision": {"chosen": choice._asdict(), "images_per_s": choices},
             "workers": {
-                str(workers): measure(
-                    root,
-                    workers=workers,
-                    rounds=arguments.rounds,
-                    num_batches=arguments.batches,
-                    choice=choice,
-                )
-                for workers in (2, 0)
+                str(workers): measure(root, workers=workers, **lengths, choice=choice) for workers in (2, 0)
             },
         }
     text = json.dumps(result, indent=2)
     print(text)
     if arguments.json:
-        arguments.json.write_text(text + "\n", "utf-8")
+        write_text(arguments.json, text + "\n")
 
 
 if __name__ == "__main__":

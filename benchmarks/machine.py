@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
 
-from segdeformer.kernels.clock import synchronize
-from segdeformer.kernels.commit import commit
-from segdeformer.kernels.crew import PATIENCE_S, stage
+from segdeformer.commit import commit
 from segdeformer.kernels.launch import interpreting, kernel_sources
 from segdeformer.kernels.tiles import architecture_of, gpu_slug, tuned_for
+from segdeformer.kernels.tuning.clock import synchronize
+from segdeformer.kernels.tuning.crew import PATIENCE_S, stage
 
 RESULTS = Path(__file__).parent / "results"
 MATMUL_SIZE = 8192
@@ -184,6 +186,18 @@ def free_bytes(machine: Machine) -> int:
         return 2**30
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(machine.device)[0]
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh tensors hold NaN, so that an element which a kernel leaves out shows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of operations that have no deterministic form
+        torch.use_deterministic_algorithms(True, warn_only=True)  # this mode fills new memory
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
 
 
 def ceilings(machine: Machine) -> dict[str, float]:

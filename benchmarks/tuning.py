@@ -10,24 +10,24 @@ from pathlib import Path
 
 from benchmarks.machine import RESULTS, Machine
 from benchmarks.phases import Session, seconds_left
-from segdeformer.kernels.crew import Crew, Work
-from segdeformer.kernels.races import decoder_races
 from segdeformer.kernels.tiles import user_tuned
-from segdeformer.kernels.tune import FULL_SIZES, Sizes, tune
-from segdeformer.kernels.tune_events import OutOfTime, Skipped, Tried, describe
-from segdeformer.kernels.tune_problems import decoder_problems
+from segdeformer.kernels.tuning.cases import decoder_comparisons
+from segdeformer.kernels.tuning.crew import Crew, Work
+from segdeformer.kernels.tuning.events import OutOfTime, Skipped, Tried, describe
+from segdeformer.kernels.tuning.search import FULL_SIZES, Sizes, tune
+from segdeformer.kernels.tuning.trial import decoder_problems
 
 REHEARSED_SIZES = Sizes(most_pixels=64, odd=50, candidates=1)
 
 
 def run(session: Session, *, measure: Work | None = None) -> int:
-    """Tune what is not tuned yet; how many kernels and races are left."""
+    """Tune what is not tuned yet; how many kernels and comparisons are left."""
     machine = session.machine
     copy = session.records.path.with_name("tuned.json")
     path = copy if machine.is_rehearsal else user_tuned() / f"{machine.slug}.json"
-    problems, races = decoder_problems(machine.device), decoder_races(machine.device)
+    problems, comparisons = decoder_problems(machine.device), decoder_comparisons()
     if machine.is_rehearsal:
-        problems, races = problems[:2], [races[1], races[-1]]
+        problems, comparisons = problems[:2], [comparisons[1], comparisons[-1]]
     _take_along(path, machine, copy)
     num_left = 0
     for event in tune(
@@ -36,7 +36,7 @@ def run(session: Session, *, measure: Work | None = None) -> int:
         seconds=seconds_left(session),
         copy=copy,
         problems=problems,
-        races=races,
+        comparisons=comparisons,
         sizes=REHEARSED_SIZES if machine.is_rehearsal else FULL_SIZES,
         crew=Crew(patience_s=session.patience_s),
         measure=measure,

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import triton
 
 from benchmarks.compiled import Case, Compiled, compile_case
-from segdeformer.kernels.resources import Resources
 from segdeformer.kernels.tiles import Tile
+from segdeformer.kernels.tuning.resources import Resources
 
 VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")  # of Triton, oldest first
 

@@ -16,28 +16,19 @@ from segdeformer.cli.options import Device, ImplName
 @one_line_errors
 def score_command(run: Path, device: Device = "auto", impl: ImplName = "auto") -> None:
     """Evaluate the model after the last iteration as `segdeformer eval` would, image by image."""
-    from segdeformer.cli.options import checked_impl, load_for_inference
+    from segdeformer.ablation.folder import IMAGE_COUNTS
+    from segdeformer.ablation.image_counts import count_images, write_image_counts
+    from segdeformer.cli.inference import open_model
     from segdeformer.data.datasets import open_dataset
-    from segdeformer.engine.checkpoint import LAST
-    from segdeformer.engine.device import choose_device
-    from segdeformer.engine.image_counts import IMAGE_COUNTS, count_images, write_image_counts
     from segdeformer.errors import UserError
+    from segdeformer.weights.checkpoint import LAST
 
-    chosen = choose_device(device)
-    resolved = checked_impl(impl, chosen)
-    loaded, _ = load_for_inference(run / LAST, device=chosen, impl=resolved, fold=None)
-    recipe, iteration = loaded.checkpoint.recipe, loaded.checkpoint.iteration
+    opened = open_model(run / LAST, device=device, impl=impl)
+    recipe, iteration = opened.recipe, opened.loaded.checkpoint.iteration
     if iteration < recipe.train.iterations:
         raise UserError(f"{run / LAST} is of iteration {iteration} of {recipe.train.iterations}; train it on")
-    counts = count_images(
-        loaded.model,
-        open_dataset(recipe.data, "val"),
-        protocol=recipe.evaluate,
-        data=recipe.data,
-        device=chosen,
-        iteration=iteration,
-        impl=resolved,
-    )
+    model, dataset = opened.loaded.model, open_dataset(recipe.data, "val")
+    counts = count_images(model, dataset, recipe, iteration=iteration, runtime=opened.runtime)
     write_image_counts(run / IMAGE_COUNTS, counts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from segdeformer.kernels.tune_events import Event
+    from segdeformer.kernels.tuning.events import Event
 
 
 TABLES, SPEED, TUNING = "With --params and --fps", "With --fps", "With --tune"  # headings of --help
@@ -29,6 +30,11 @@ TAKES = {  # which parameters each kind of measurement looks at
     ),
     "--tune": ("out", "seconds", "again", "device"),
 }
+
+
+speed_option = partial(typer.Option, rich_help_panel=SPEED)
+tables_option = partial(typer.Option, rich_help_panel=TABLES)
+tuning_option = partial(typer.Option, rich_help_panel=TUNING)
 
 
 @one_line_errors
@@ -53,69 +59,39 @@ def bench_command(
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or cuda:N; for --tune cuda or cuda:N.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write everything here.", rich_help_panel=TABLES)
-    ] = None,
-    markdown_file: Annotated[
-        Path | None, typer.Option("--markdown", help="Write the tables here.", rich_help_panel=TABLES)
-    ] = None,
+    json_file: Annotated[Path | None, tables_option("--json", help="Write everything here.")] = None,
+    markdown_file: Annotated[Path | None, tables_option("--markdown", help="Write the tables here.")] = None,
     against: Annotated[
         list[str] | None,
-        typer.Option(
+        speed_option(
             metavar="MODEL|CHANGE",
             help="One more model, or the first one changed: impl=reference, no-fold, dtype=bfloat16, "
             "form=plain, compile, cuda-graphs, channels-last; several with commas. May be repeated.",
-            rich_help_panel=SPEED,
         ),
     ] = None,
     size: Annotated[
         tuple[int, int] | None,
-        typer.Option(
-            min=1,
-            metavar="H W",
-            help="Of images, in px. Default: 512 512, on a CPU 256 256.",
-            rich_help_panel=SPEED,
-        ),
+        speed_option(min=1, metavar="H W", help="Of images, in px. Default: 512 512, on a CPU 256 256."),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images at a time.", rich_help_panel=SPEED)] = 1,
-    dtype: Annotated[
-        str, typer.Option(help="float32, float16 or bfloat16.", rich_help_panel=SPEED)
-    ] = "float32",
-    impl: Annotated[
-        str,
-        typer.Option(help="auto, triton, sdpa, blocks or reference attention.", rich_help_panel=SPEED),
-    ] = "auto",
+    batch: Annotated[int, speed_option(min=1, help="Images at a time.")] = 1,
+    dtype: Annotated[str, speed_option(help="float32, float16 or bfloat16.")] = "float32",
+    impl: Annotated[str, speed_option(help="auto, triton, sdpa, blocks or reference attention.")] = "auto",
     fold: Annotated[
-        bool | None,
-        typer.Option(
-            "--fold/--no-fold", help="Fold for inference. Default: wherever it can be.", rich_help_panel=SPEED
-        ),
+        bool | None, speed_option("--fold/--no-fold", help="Fold for inference. Default: wherever it can be.")
     ] = None,
-    compile_: Annotated[
-        bool, typer.Option("--compile", help="Through torch.compile.", rich_help_panel=SPEED)
-    ] = False,
+    compile_: Annotated[bool, speed_option("--compile", help="Through torch.compile.")] = False,
     cuda_graphs: Annotated[
-        bool, typer.Option("--cuda-graphs", help="As one CUDA graph; needs a GPU.", rich_help_panel=SPEED)
+        bool, speed_option("--cuda-graphs", help="As one CUDA graph; needs a GPU.")
     ] = False,
     channels_last: Annotated[
-        bool,
-        typer.Option(
-            "--channels-last", help="Images and weights in that memory order.", rich_help_panel=SPEED
-        ),
+        bool, speed_option("--channels-last", help="Images and weights in that memory order.")
     ] = False,
     argmax: Annotated[
-        bool,
-        typer.Option("--argmax", help="Up to each pixel's class at the image's size.", rich_help_panel=SPEED),
+        bool, speed_option("--argmax", help="Up to each pixel's class at the image's size.")
     ] = False,
-    memory: Annotated[
-        bool, typer.Option("--memory/--no-memory", help="Measure peak memory.", rich_help_panel=SPEED)
-    ] = True,
-    warmup: Annotated[
-        int, typer.Option(min=1, help="Passes of each model before it is timed.", rich_help_panel=SPEED)
-    ] = 3,
-    rounds: Annotated[
-        int | None, typer.Option(min=1, help="So many rounds instead of --seconds.", rich_help_panel=SPEED)
-    ] = None,
+    memory: Annotated[bool, speed_option("--memory/--no-memory", help="Measure peak memory.")] = True,
+    warmup: Annotated[int, speed_option(min=1, help="Passes of each model before it is timed.")] = 3,
+    rounds: Annotated[int | None, speed_option(min=1, help="So many rounds instead of --seconds.")] = None,
     seconds: Annotated[
         float | None,
         typer.Option(
@@ -125,14 +101,10 @@ def bench_command(
         ),
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write a copy of the measurements here, to share or to ship.", rich_help_panel=TUNING
-        ),
+        Path | None, tuning_option(help="Write a copy of the measurements here, to share or to ship.")
     ] = None,
     again: Annotated[
-        bool,
-        typer.Option("--again", help="Measure everything anew instead of going on.", rich_help_panel=TUNING),
+        bool, tuning_option("--again", help="Measure everything anew instead of going on.")
     ] = False,
 ) -> None:
     """Measure on this machine: parameters, speed and memory, or the Triton kernels' tiles for its GPU."""
@@ -143,10 +115,12 @@ def bench_command(
 
         bench_params(models or [], json_file, markdown_file)
     elif fps:
-        from segdeformer.cli.bench_fps import FpsFlags, bench_fps
+        from segdeformer.cli.bench_fps import bench_fps
 
         changes = {"compile": compile_, "cuda-graphs": cuda_graphs, "channels-last": channels_last}
-        flags = FpsFlags(
+        bench_fps(
+            models or [],
+            against or [],
             changes=[f"dtype={dtype}", f"impl={impl}", *(name for name, on in changes.items() if on)],
             fold=fold,
             size=size,
@@ -156,8 +130,10 @@ def bench_command(
             seconds=20.0 if seconds is None else seconds,
             argmax=argmax,
             memory=memory,
+            device=device or "auto",
+            json_file=json_file,
+            markdown_file=markdown_file,
         )
-        bench_fps(models or [], against or [], flags, device or "auto", json_file, markdown_file)
     else:
         _tune(out, 300.0 if seconds is None else seconds, again, device or "cuda")
 
@@ -187,7 +163,7 @@ def _tune(out: Path | None, seconds: float, again: bool, device: str) -> None:
 
     from segdeformer.cli.show import make_console
     from segdeformer.kernels.tiles import gpu_slug, user_tuned
-    from segdeformer.kernels.tune import tune as tune_kernels
+    from segdeformer.kernels.tuning.search import tune as tune_kernels
 
     name = torch.cuda.get_device_name(chosen)
     path = user_tuned() / f"{gpu_slug(name)}.json"
@@ -204,8 +180,8 @@ def _gpu(name: str) -> torch.device:
     import torch
 
     from segdeformer.cli.options import checked_impl
-    from segdeformer.engine.device import choose_device
     from segdeformer.errors import UsageError
+    from segdeformer.runtime.device import choose_device
 
     if not torch.cuda.is_available():
         raise UsageError("bench --tune measures Triton kernels on a CUDA GPU, and PyTorch sees none here")
@@ -224,7 +200,7 @@ def _gpu(name: str) -> torch.device:
 
 def _show(console: Console, events: Iterator[Event]) -> None:
     """A status line for each candidate, a line that stays for each result."""
-    from segdeformer.kernels.tune_events import Compiling, Tried, describe
+    from segdeformer.kernels.tuning.events import Compiling, Tried, describe
 
     began = time.monotonic()
     with console.status("compiling") as status:

@@ -2,69 +2,58 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from segdeformer.measure.fps import Comparison, Measured
 
 
-class FpsFlags(NamedTuple):
-    """The command line's options. changes: as in `--against`, of every model."""
-
-    changes: Sequence[str]
-    fold: bool | None
-    size: tuple[int, int] | None
-    batch: int
-    warmup: int
-    rounds: int | None
-    seconds: float
-    argmax: bool
-    memory: bool
-
-
 def bench_fps(
     models: Sequence[str],
     against: Sequence[str],
-    flags: FpsFlags,
+    *,
+    changes: Sequence[str],
+    fold: bool | None,
+    size: tuple[int, int] | None,
+    batch: int,
+    warmup: int,
+    rounds: int | None,
+    seconds: float,
+    argmax: bool,
+    memory: bool,
     device: str,
     json_file: Path | None,
     markdown_file: Path | None,
 ) -> None:
-    """Measure, print, and write what is asked for."""
+    """Measure, print, and write what is asked for. changes: of every model, as in `--against`."""
     from segdeformer.cli.show import make_console
-    from segdeformer.cli.show_bench import comparison_grids, markdown, print_grid
-    from segdeformer.engine.device import choose_device
-    from segdeformer.files import write_text
-    from segdeformer.measure.contenders import Setting, changed, parse_contenders
+    from segdeformer.cli.show_bench import comparison_grids, markdown, print_grid, write_tables
+    from segdeformer.measure.alternatives import Setting, changed, parse_alternatives
     from segdeformer.measure.fps import SIZE_ON_CPU, SIZE_ON_GPU, TRIO, Options, compare
     from segdeformer.measure.speed import Length
+    from segdeformer.runtime.device import choose_device
 
     chosen = choose_device(device)
-    size = flags.size or (SIZE_ON_CPU if chosen.type == "cpu" else SIZE_ON_GPU)
-    setting = Setting(fold=flags.fold)
-    for change in flags.changes:
+    size = size or (SIZE_ON_CPU if chosen.type == "cpu" else SIZE_ON_GPU)
+    setting = Setting(fold=fold)
+    for change in changes:
         setting = changed(setting, change)
-    length = Length(flags.rounds, flags.seconds)
-    options = Options(flags.batch, size, flags.argmax, flags.warmup, length, flags.memory)
-    contenders = parse_contenders(models or ([] if against else TRIO), against, setting)
+    options = Options(batch, size, argmax, warmup, Length(rounds, seconds), memory)
+    alternatives = parse_alternatives(models or ([] if against else TRIO), against, setting)
     console = make_console()
     with console.status("starting") as status:
-        comparison = compare(contenders, options, chosen, say=status.update, tell=console.print)
-    for line in _about(comparison):
+        comparison = compare(alternatives, options, chosen, say=status.update, tell=console.print)
+    about = _about(comparison)
+    for line in about:
         console.print(line, style="dim", soft_wrap=False)
     grids = comparison_grids(comparison)
     for grid in grids:
         print_grid(console, grid)
-    if json_file is not None:
-        write_text(json_file, json.dumps(comparison_json(comparison), indent=1) + "\n")
-        console.print(f"measurements: {json_file}")
-    if markdown_file is not None:
-        about = "\n".join(f"- {line}" for line in _about(comparison))
-        write_text(markdown_file, f"{about}\n\n{markdown(grids)}")
-        console.print(f"tables: {markdown_file}")
+    text = "".join(f"- {line}\n" for line in about) + f"\n{markdown(grids)}"
+    tables = {"measurements": (json_file, comparison_json(comparison)), "tables": (markdown_file, text)}
+    write_tables(console, tables)
 
 
 def _about(comparison: Comparison) -> list[str]:
@@ -79,13 +68,13 @@ def _about(comparison: Comparison) -> list[str]:
     ]
     labels: dict[str, list[str]] = {}
     for one in comparison.measured:
-        labels.setdefault(_how(one), []).append(one.contender.label)
+        labels.setdefault(_how(one), []).append(one.alternative.label)
     lines += [f"{'; '.join(alike)}: {how}" for how, alike in labels.items()]
     return lines + ([machine.warning] if comparison.device == "cpu" and machine.warning else [])
 
 
 def _how(one: Measured) -> str:
-    setting = one.contender.setting
+    setting = one.alternative.setting
     switches = {
         "compiled": setting.compile,
         "CUDA graph": setting.cuda_graphs,
@@ -106,18 +95,18 @@ def comparison_json(comparison: Comparison) -> dict[str, object]:
         "batch": options.batch,
         "size_hw": list(options.size),
         "warmup": options.warmup,
-        "base": comparison.base.contender.label,
+        "base": comparison.base.alternative.label,
         "flops": "matrix products, convolutions, attention; a multiply-add as two; of the whole batch",
-        "models": {one.contender.label: _model_json(comparison, one) for one in comparison.measured},
+        "models": {one.alternative.label: _model_json(comparison, one) for one in comparison.measured},
     }
 
 
 def _model_json(comparison: Comparison, one: Measured) -> dict[str, object]:
     paper = one.paper
     return {
-        "source": one.contender.source,
+        "source": one.alternative.source,
         "recipe": one.recipe,
-        "setting": one.contender.setting._asdict(),
+        "setting": one.alternative.setting._asdict(),
         "impl": one.impl,
         "folding": one.folding,
         "parameters": one.parameters,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +15,11 @@ DEFINITION = "trained parameters, the recipe's auxiliary head included, buffers 
 
 def bench_params(models: Sequence[str], json_file: Path | None, markdown_file: Path | None) -> None:
     """Count the paper's rows, or these models; print, and write what is asked for."""
+    import torch
+
     from segdeformer.cli.show import make_console
-    from segdeformer.cli.show_bench import counts_grid, markdown, paper_grid, print_grid
-    from segdeformer.files import write_text
+    from segdeformer.cli.show_bench import counts_grid, markdown, paper_grid, print_grid, write_tables
+    from segdeformer.measure.machine import this_machine
     from segdeformer.measure.parameters import count_paper
 
     if models:
@@ -31,32 +32,18 @@ def bench_params(models: Sequence[str], json_file: Path | None, markdown_file: P
         table = {"rows": [_row(row) for row in rows]}
     console = make_console()
     print_grid(console, grid)
-    if json_file is not None:
-        write_text(json_file, json.dumps({"counted": DEFINITION, **_origin(), **table}, indent=1) + "\n")
-        console.print(f"counts: {json_file}")
-    if markdown_file is not None:
-        write_text(markdown_file, markdown([grid]))
-        console.print(f"table: {markdown_file}")
+    machine = this_machine(torch.device("cpu"), "timm")
+    origin = {"versions": machine.versions, "commit": machine.commit, "date": machine.date}
+    everything = {"counted": DEFINITION, **origin, **table}
+    write_tables(console, {"counts": (json_file, everything), "table": (markdown_file, markdown([grid]))})
 
 
 def _count(model: str) -> PartCounts:
     from segdeformer.config import load_recipe
-    from segdeformer.measure.contenders import is_recipe, load_model
+    from segdeformer.measure.alternatives import is_recipe, load_model
     from segdeformer.measure.parameters import count_parameters, count_recipe
 
     return count_recipe(load_recipe(model)) if is_recipe(model) else count_parameters(load_model(model))
-
-
-def _origin() -> dict[str, object]:
-    import datetime
-    from importlib.metadata import version
-
-    import torch
-
-    from segdeformer.kernels.commit import commit
-
-    versions = {"torch": torch.__version__, "timm": version("timm")}
-    return {"versions": versions, "commit": commit(), "date": datetime.date.today().isoformat()}
 
 
 def _by_part(counts: PartCounts) -> dict[str, int]:

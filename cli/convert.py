@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,8 +13,8 @@ from segdeformer.cli.errors import one_line_errors
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from segdeformer.bridge.imports import Imported
-    from segdeformer.bridge.parity import Parity
+    from segdeformer.weights.imports import Imported
+    from segdeformer.weights.parity import Parity
 
 Project = Literal["nvlabs", "mmseg", "huggingface"]
 
@@ -78,12 +78,11 @@ def convert_command(
         return
     if out.suffix != ".safetensors" or out.is_dir():
         raise UsageError(f"--out {out}: a checkpoint is a .safetensors file")
-    from segdeformer.bridge.imports import import_model, report_values
-    from segdeformer.bridge.labels import forbids_commerce
-    from segdeformer.bridge.parity import check_parity
     from segdeformer.cli.show import make_console
-    from segdeformer.engine.checkpoint import save_checkpoint
-    from segdeformer.files import write_text
+    from segdeformer.weights.checkpoint import save_checkpoint
+    from segdeformer.weights.imports import import_model, report_values
+    from segdeformer.weights.labels import forbids_commerce
+    from segdeformer.weights.parity import check_parity
 
     imported = import_model(
         source,
@@ -116,14 +115,13 @@ def convert_command(
         )
     if json_file is not None:
         values = report_values(imported) | {"out": str(out), "parity": parity and parity._asdict()}
-        write_text(json_file, json.dumps(values, indent=2) + "\n")
-        console.print(f"report: {json_file}")
+        _write_report(console, json_file, values)
     console.print(f"checkpoint: {out} (try: segdeformer predict {out} IMAGES --out results)", style="bold")
 
 
 def _describe(console: Console, imported: Imported) -> None:
     """What was in the file, and what became of it."""
-    from segdeformer.bridge.source import PROJECT_TITLES
+    from segdeformer.weights.names import PROJECT_TITLES
 
     source = imported.source
     console.print(f"{source.path}: {imported.title}, in the names of {PROJECT_TITLES[source.project]}")
@@ -162,11 +160,10 @@ def _describe_parity(console: Console, parity: Parity) -> None:
 def _export(
     source: Path, out: Path, *, to: Project, license_text: str | None, check: bool, json_file: Path | None
 ) -> None:
-    from segdeformer.bridge.exports import export_model
-    from segdeformer.bridge.source import PROJECT_TITLES
     from segdeformer.cli.show import make_console
-    from segdeformer.engine.checkpoint import load
-    from segdeformer.files import write_text
+    from segdeformer.weights.checkpoint import load
+    from segdeformer.weights.exports import export_model
+    from segdeformer.weights.names import PROJECT_TITLES
 
     loaded = load(source)
     checkpoint = loaded.checkpoint
@@ -193,5 +190,11 @@ def _export(
             "license": license_text,
             "parity": exported.parity and exported.parity._asdict(),
         }
-        write_text(json_file, json.dumps(values, indent=2) + "\n")
-        console.print(f"report: {json_file}")
+        _write_report(console, json_file, values)
+
+
+def _write_report(console: Console, json_file: Path, values: dict[str, Any]) -> None:
+    from segdeformer.files import write_text
+
+    write_text(json_file, json.dumps(values, indent=2) + "\n")
+    console.print(f"report: {json_file}")

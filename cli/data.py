@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from segdeformer.cli.errors import one_line_errors
 from segdeformer.cli.options import ClassesFile
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 data_app = typer.Typer(help="Check a data set, or prepare a published one.", no_args_is_help=True)
 
@@ -35,13 +39,10 @@ def check_command(
     workers: Workers = None,
 ) -> None:
     """Read every pair and say what would spoil training: exit code 1 if anything would."""
-    from rich.progress import track
-
     from segdeformer.cli.show import make_console
     from segdeformer.cli.show_checkup import show_checkup
+    from segdeformer.data.check.doctor import Doctor
     from segdeformer.data.datasets import parse_data_spec
-    from segdeformer.data.doctor import Doctor
-    from segdeformer.data.parallel import default_workers
     from segdeformer.errors import UserError
     from segdeformer.report.checkup import write_checkup, write_overlays
 
@@ -50,12 +51,7 @@ def check_command(
         config = config.model_copy(update={"classes": str(classes.resolve())})
     console = make_console()
     doctor = Doctor(config)
-    exams = doctor.examine(workers=workers or default_workers())
-    ticking = track(
-        exams, "pairs", total=len(doctor), console=console, transient=True, disable=not console.is_terminal
-    )
-    for _ in ticking:
-        pass
+    _run(console, doctor.examine(workers=workers), total=len(doctor))
     checkup = doctor.checkup()
     if json_file is not None:
         write_checkup(json_file, checkup)
@@ -87,27 +83,23 @@ def prepare_command(
     workers: Workers = None,
 ) -> None:
     """Make label maps of class ids from a published data set; run again, it goes on where it was stopped."""
-    from rich.progress import track
-
     from segdeformer.cli.show import make_console
-    from segdeformer.data.parallel import default_workers
-    from segdeformer.data.prepare import Preparation
+    from segdeformer.data.published.prepare import Preparation
 
     console = make_console()
     preparation = Preparation(name, source.expanduser(), target.expanduser(), copy=copy)
-    made = preparation.run(workers=workers or default_workers())
-    ticking = track(
-        made,
-        "pairs",
-        total=len(preparation),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    for _ in ticking:
-        pass
+    _run(console, preparation.run(workers=workers), total=len(preparation))
     for line in preparation.counts():
         console.print(line)
     preparation.check_counts(partial=partial)
     console.print(f"{target} is ready; look at it with: segdeformer data check {target}")
     console.print(f"train on it with: segdeformer train {preparation.recipe} --data {target}")
+
+
+def _run(console: Console, pairs: Iterator[object], *, total: int) -> None:
+    """Go through the pairs under a bar."""
+    from rich.progress import track
+
+    hidden = not console.is_terminal
+    for _ in track(pairs, "pairs", total=total, console=console, transient=True, disable=hidden):
+        pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -46,91 +45,53 @@ def eval_command(
     nproc: Nproc = None,
 ) -> None:
     """Score a checkpoint: mIoU, mAcc, aAcc and per-class IoU, and the protocol they belong to."""
-    from segdeformer.engine.distributed import (
-        from_all,
-        is_first,
-        joined_processes,
-        own_device,
-        started_by_torchrun,
-    )
-
-    if nproc is not None and nproc > 1 and not started_by_torchrun():
-        from segdeformer.cli.launch import launch
-
-        launch(nproc, sys.argv[1:], max_restarts=0)
-        return
-    from segdeformer.cli.options import changed_protocol, checked_impl, load_for_inference
-    from segdeformer.data.datasets import open_dataset, parse_data_spec
-    from segdeformer.engine.checkpoint import find_checkpoint
-    from segdeformer.engine.device import choose_device
-    from segdeformer.engine.evaluate import ImageResult, Tally, check_same_classes, evaluate_images
-    from segdeformer.engine.implementation import settle_inference
-    from segdeformer.engine.scorecard import write_scorecard
-    from segdeformer.kernels.impl import describe_impl
-
-    chosen = own_device(choose_device(device))
-    resolved = checked_impl(impl, chosen)
-    path = find_checkpoint(checkpoint)
-    loaded, folding = load_for_inference(path, device=chosen, impl=resolved, fold=fold)
-    recipe = loaded.checkpoint.recipe
-    protocol = changed_protocol(recipe.evaluate, mode=mode, scales=scales, flip=flip)
-    config = recipe.data
-    if data is not None:
-        given = parse_data_spec(data)
-        config = config.model_copy(update={"name": given.name, "root": given.root})
-    if classes is not None:
-        config = config.model_copy(update={"classes": str(classes.resolve())})
-    dataset = open_dataset(config, "val")
-    check_same_classes(loaded.checkpoint.classes, dataset, str(path))
-
     from rich.progress import track
 
+    from segdeformer.cli.inference import joined, launched, open_model
     from segdeformer.cli.show import make_console, protocol_line, scores_line, scores_table
+    from segdeformer.data.datasets import choose_data, open_dataset
+    from segdeformer.inference.evaluate import ImageResult, Tally, check_same_classes, evaluate_images
+    from segdeformer.inference.scorecard import write_scorecard
+    from segdeformer.kernels.impl import describe_impl
     from segdeformer.report.sheet import shown_indices, write_sheet
+    from segdeformer.runtime.distributed import from_all, is_first
+
+    if launched(nproc):
+        return
+    opened = open_model(checkpoint, device=device, impl=impl, fold=fold, mode=mode, scales=scales, flip=flip)
+    recipe, about = opened.recipe, opened.loaded.checkpoint
+    config = choose_data(recipe.data, data, classes)
+    dataset = open_dataset(config, "val")
+    check_same_classes(about.classes, dataset, str(about.path))
 
     console = make_console(quiet=not is_first())
-    console.print(f"{path} (iteration {loaded.checkpoint.iteration:,}) on {config.name} {config.val_split}")
-    console.print(f"protocol: {protocol_line(protocol)}")
-    console.print(folding, style="dim")
+    console.print(f"{about.path} (iteration {about.iteration:,}) on {config.name} {config.val_split}")
+    console.print(f"protocol: {protocol_line(recipe.evaluate)}")
+    console.print(opened.folding, style="dim")
     shown = shown_indices(len(dataset)) if picture is not None else []
     drawn: list[tuple[int, ImageResult]] = []
     tally = Tally(dataset.classes)
-    with joined_processes(chosen) as processes:
-        settle_inference(
-            loaded.model,
-            recipe,
-            protocol,
-            device=chosen,
-            impl=resolved,
-            processes=processes,
-            say=console.print,
-        )
-        console.print(f"device {chosen}, attention {describe_impl(resolved, chosen)}", style="dim")
-        share = processes.share(len(dataset))
+    with joined(opened, console) as runtime:
+        attention = describe_impl(runtime.impl, runtime.device)
+        console.print(f"device {runtime.device}, attention {attention}", style="dim")
+        own = runtime.processes.own_indices(len(dataset))
         results = evaluate_images(
-            loaded.model,
-            dataset,
-            tally,
-            protocol=protocol,
-            data=config,
-            device=chosen,
-            impl=resolved,
-            processes=processes,
+            opened.loaded.model, dataset, tally, protocol=recipe.evaluate, data=config, runtime=runtime
         )
         ticking = track(
             results,
             "images",
-            total=len(share),
+            total=len(own),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        for index, result in zip(share, ticking, strict=True):
+        for index, result in zip(own, ticking, strict=True):
             if index in shown:
                 drawn.append((index, result._replace(predicted_HW=result.predicted_HW.cpu())))
-        tally.gather(processes)
-        drawn = sorted(chain.from_iterable(from_all(drawn, processes)), key=itemgetter(0))
-        if not processes.is_first:
+        tally.gather(runtime.processes)
+        drawn = sorted(chain.from_iterable(from_all(drawn, runtime.processes)), key=itemgetter(0))
+        if not runtime.processes.is_first:
             return
     report = tally.report()
     console.print(scores_table(report), soft_wrap=False)
@@ -139,14 +100,13 @@ def eval_command(
         write_scorecard(
             json_file,
             report,
-            protocol=protocol,
+            protocol=recipe.evaluate,
             data=config,
             label_map=dataset.label_map,
-            checkpoint=loaded.checkpoint,
+            checkpoint=about,
         )
         console.print(f"scores: {json_file}")
     if picture is not None:
-        write_sheet(
-            picture, [r for _, r in drawn], report.classes, headline=f"{recipe.name}: {scores_line(report)}"
-        )
+        headline = f"{recipe.name}: {scores_line(report)}"
+        write_sheet(picture, [result for _, result in drawn], report.classes, headline=headline)
         console.print(f"picture: {picture}")

@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Sequence
 
 from segdeformer.cli.stopping import answered_signals
-from segdeformer.engine.command import own_command, own_environment
 from segdeformer.errors import UsageError, UserError
+from segdeformer.runtime.command import own_command, own_environment
 
 SAVING_S = 120  # that processes have after a signal to finish a step and save; older PyTorch always gives 30
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Annotated
 
 import typer
 
-from segdeformer import __version__
 from segdeformer.cli.ablate import ablate_command
 from segdeformer.cli.bench import bench_command
 from segdeformer.cli.convert import convert_command
@@ -16,6 +16,7 @@ from segdeformer.cli.eval import eval_command
 from segdeformer.cli.predict import predict_command
 from segdeformer.cli.recipes import recipes_command
 from segdeformer.cli.train import train_command
+from segdeformer.version import __version__
 
 # Read once, when PyTorch loads: OpenMP threads that wait give their core away. Spinning, the default, made
 # three trainings at once on two cores 4 times slower, and is no faster alone.
@@ -50,4 +51,5 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    # As for `python -m`: parts of one's own may lie in this folder. At the end, so that it hides nothing.
+    sys.path.append(os.getcwd())

@@ -17,10 +17,10 @@ from rich.progress import (
 )
 
 from segdeformer.cli.show import percent
-from segdeformer.engine.device import peak_memory_mib
+from segdeformer.runtime.device import peak_memory_mib
 
 if TYPE_CHECKING:
-    from segdeformer.engine.train import Run, Skipped, Step, Validated, Validating
+    from segdeformer.training.loop import Run, Skipped, Step, Validated, Validating
 
 REFRESH_S = 0.5
 LINE_EVERY_S = 30.0
@@ -45,10 +45,12 @@ class TrainingProgress:
             disable=not console.is_terminal,
         )
         self.total = run.recipe.train.iterations
-        self.training = self.bar.add_task("train", total=self.total, completed=run.iteration, note="")
-        self.validation = self.bar.add_task("validate", total=len(run.val_data), note="", visible=False)
+        self.training = self.bar.add_task(
+            "train", total=self.total, completed=run.progress.iteration, note=""
+        )
+        self.validation = self.bar.add_task("validate", total=len(run.data.val), note="", visible=False)
         self.shown_at = self.line_at = time.monotonic()
-        self.began, self.began_at = time.monotonic(), run.iteration
+        self.began, self.began_at = time.monotonic(), run.progress.iteration
 
     def stepped(self, step: Step) -> None:
         """One more iteration."""
@@ -56,15 +58,11 @@ class TrainingProgress:
         if now - self.shown_at < REFRESH_S and step.iteration < self.total:
             return
         self.shown_at = now
-        losses = step.losses
-        note = f"loss {losses.segmentation.item():.3f}"
-        if losses.attention is not None:
-            note += f" attn {losses.attention.item():.3f}"
-        if losses.auxiliary is not None:
-            note += f" aux {losses.auxiliary.item():.3f}"
+        (_, first), *others = step.losses.terms.items()
+        note = " ".join([f"loss {first.item():.3f}", *(f"{name} {loss.item():.3f}" for name, loss in others)])
         note += (
             f"  lr {step.learning_rate:.2e}  {step.images_per_second:.1f} img/s"
-            f"  {peak_memory_mib(self.run.device):,.0f} MiB"
+            f"  {peak_memory_mib(self.run.runtime.device):,.0f} MiB"
         )
         self.bar.update(self.training, completed=step.iteration, note=note)
         if not self.console.is_terminal and now - self.line_at >= LINE_EVERY_S:

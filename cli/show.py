@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from segdeformer.config import EvalConfig, TrainConfig
-    from segdeformer.engine.evaluate import Report
-    from segdeformer.engine.optimizer import ParameterGroup
+    from segdeformer.config import EvalConfig, LossConfig, Recipe, TrainConfig
+    from segdeformer.inference.evaluate import Report
+    from segdeformer.training.optimizer import ParameterGroup
 
 
 def make_console(*, quiet: bool = False) -> Console:
@@ -36,13 +36,21 @@ def groups_table(groups: Sequence[ParameterGroup], config: TrainConfig) -> Table
     return table
 
 
-def schedule_line(config: TrainConfig) -> str:
-    """One line on optimiser and schedule."""
+def schedule_line(recipe: Recipe) -> str:
+    """One line on optimiser, schedule and loss."""
+    config = recipe.train
     return (
         f"AdamW, batch {config.batch_size}, {config.iterations:,} iterations: linear warm-up over "
         f"{config.warmup_iterations:,}, then poly of power {config.poly_power:g} to "
-        f"{config.min_learning_rate:g}; loss averaged over {config.loss_average} pixels"
+        f"{config.min_learning_rate:g}; {loss_words(recipe.active_losses)}"
     )
+
+
+def loss_words(terms: Sequence[LossConfig]) -> str:
+    """The sum of terms, and what their means are over."""
+    weighted = (f"{term.weight:g} {term.name}" if term.weight != 1 else term.name for term in terms)
+    averages = dict.fromkeys(str(getattr(term, "average", "valid")) for term in terms)
+    return f"loss {' + '.join(weighted)}, averaged over {' or '.join(averages)} pixels"
 
 
 def scores_table(report: Report) -> Table:

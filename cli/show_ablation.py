@@ -1,8 +1,9 @@
-"""What is seen while an ablation runs: a live table in a terminal, a line for each event elsewhere."""
+"""What is seen of an ablation: its rows, a live table in a terminal or a line for each event, its results."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -11,11 +12,47 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from segdeformer.engine.ablation_results import Results
-from segdeformer.engine.ablation_runs import Failed, Finished, Progress, Started, Ticked
-from segdeformer.report.ablation_tables import DASH, Cells, cells
+from segdeformer.ablation.folder import is_finished, recipe_path
+from segdeformer.ablation.plan import Plan, PlannedRow, encoders
+from segdeformer.ablation.results import SCORE_RULE, Results
+from segdeformer.ablation.runs import Event, Failed, Finished, Progress, Started, Ticked
+from segdeformer.ablation.tables import DASH, FILES, NOTE_ON_SEEDS, cells, closing_line, setting_line
 
 LINE_EVERY_S = 60.0
+MOST_CHANGES = 5  # of a row, to be told one by one
+
+
+def introduce(console: Console, plan: Plan, folder: Path, *, num_at_once: int) -> None:
+    """What will be trained, and what was before."""
+    console.print(plan.title, style="bold")
+    console.print(setting_line(Results(plan)))
+    console.print(f"score: {SCORE_RULE}", style="dim")
+    for row in plan.rows:
+        console.print(f"  {row.name}: {_changes_line(plan, row, folder)}", style="dim")
+    scratch = [name for name, weights in encoders(plan.rows).items() if weights == {"none"}]
+    if scratch:
+        console.print(
+            f"from scratch: {', '.join(scratch)} (pretrained weights: --weights ENCODER=FILE)", style="yellow"
+        )
+    finished = sum(is_finished(folder, run) for run in plan.runs)
+    before = f", {finished} of them finished before" if finished else ""
+    at_once = f", {num_at_once} at once" if num_at_once > 1 else ""
+    console.print(f"{len(plan.runs)} runs{before}{at_once}; folder {folder}")
+
+
+def _changes_line(plan: Plan, row: PlannedRow, folder: Path) -> str:
+    """What a row changes: each key, or of a model that is altogether another the tables."""
+    changes = {key.removeprefix("model."): value for key, (_, value) in plan.changes(row).items()}
+    if len(changes) > MOST_CHANGES:
+        tables = dict.fromkeys(key.partition(".")[0] for key in changes)
+        return f"another {', '.join(tables)}: {recipe_path(folder, row)}"
+    told = []
+    for name, value in changes.items():
+        if isinstance(value, dict):
+            told.append(f"{name} ({', '.join(f'{k} {v}' for k, v in value.items() if v is not None)})")
+        else:
+            told.append(f"{name} {'off' if value is None else value}")
+    return ", ".join(told) or "as the base"
 
 
 def results_table(results: Results) -> Table:
@@ -30,15 +67,25 @@ def results_table(results: Results) -> Table:
         name = Text(shown.name)
         if result.failure is not None:
             name.append(" (failed)", style="red")
-        values = [shown.miou, shown.seeds, shown.gain, shown.interval]
-        values += [_paper(shown)] if has_paper else []
+        paper = shown.paper_miou  # as the paper prints it
+        if shown.paper_gain != DASH:
+            paper += f" ({shown.paper_gain})"
+        values = [shown.miou, shown.seeds, shown.gain, shown.interval, paper][: len(heads)]
         table.add_row(name, *values, style="dim" if shown.miou == DASH else "")
     return table
 
 
-def _paper(shown: Cells) -> str:
-    """As the paper prints it."""
-    return shown.paper_miou if shown.paper_gain == DASH else f"{shown.paper_miou} ({shown.paper_gain})"
+def conclude(console: Console, results: Results, folder: Path) -> None:
+    """The table, what its columns are, which runs failed, and the files."""
+    console.print()
+    console.print(results_table(results), soft_wrap=False)
+    if results.num_finished:
+        console.print(closing_line(results), style="dim")
+        if len(results.plan.seeds) < 3:
+            console.print(NOTE_ON_SEEDS, style="dim")
+    for line in results.failures:
+        console.print(line, style="red")
+    console.print(f"results: {folder}/{FILES}")
 
 
 def progress_line(progress: Progress) -> str:
@@ -52,7 +99,7 @@ def progress_line(progress: Progress) -> str:
 
 
 class AblationProgress:
-    """Shows events and results; `results` is replaced when a run has finished."""
+    """Shows events; `results` is replaced when a run has ended."""
 
     def __init__(self, console: Console, results: Results) -> None:
         self.console, self.results = console, results
@@ -62,30 +109,26 @@ class AblationProgress:
         self.durations_s: list[float] = []
         self.live = Live(console=console, refresh_per_second=4, transient=True, get_renderable=self._picture)
 
-    def started(self, event: Started) -> None:
-        self._say(f"{event.run.title}: {'goes on' if event.goes_on else 'started'}")
-
-    def ticked(self, event: Ticked) -> None:
-        """Outside a terminal, a line now and then."""
-        self.running = event.running
-        now = time.monotonic()
-        if not self.console.is_terminal and now - self.line_at >= LINE_EVERY_S:
-            self.line_at = now
-            for progress in event.running:
-                self._say(progress_line(progress))
-
-    def finished(self, event: Finished, results: Results) -> None:
-        self.results = results
-        if event.whole:
-            self.durations_s.append(event.seconds)
-        result = next(r for r in results.rows if r.row.name == event.run.row.name)
-        miou = next(run.miou for run in result.runs if run.seed == event.run.seed)
-        score = "" if miou is None else f"mIoU {100 * miou:.2f} %"
-        self._say(f"{event.run.title}: {score} ({_minutes(event.seconds)})")
-
-    def failed(self, event: Failed, results: Results) -> None:
-        self.results = results
-        self._say(f"{event.run.title}: failed: {event.reason}", style="red")
+    def show(self, event: Event) -> None:
+        match event:
+            case Started(run, goes_on):
+                self._say(f"{run.title}: {'goes on' if goes_on else 'started'}")
+            case Finished(run, seconds, uninterrupted):
+                if uninterrupted:
+                    self.durations_s.append(seconds)
+                result = next(result for result in self.results.rows if result.row.name == run.row.name)
+                miou = next(score.miou for score in result.runs if score.seed == run.seed)
+                score = "" if miou is None else f"mIoU {100 * miou:.2f} %"
+                self._say(f"{run.title}: {score} ({_minutes(seconds)})")
+            case Failed(run, reason):
+                self._say(f"{run.title}: failed: {reason}", style="red")
+            case Ticked(running):
+                self.running = running
+                now = time.monotonic()
+                if not self.console.is_terminal and now - self.line_at >= LINE_EVERY_S:
+                    self.line_at = now
+                    for progress in running:
+                        self._say(progress_line(progress))
 
     def stopping_now(self) -> None:
         if not self.stopping:
@@ -105,14 +148,11 @@ class AblationProgress:
         self.console.print(f"{_minutes(time.monotonic() - self.began)}  {text}", style=style)
 
     def _picture(self) -> Group:
-        num_runs = sum(len(result.runs) for result in self.results.rows)
-        now = time.monotonic()
-        lines = [
-            f"{self.results.num_finished} of {num_runs} runs, {_minutes(now - self.began)}{self._left()}"
-        ]
+        results, passed = self.results, _minutes(time.monotonic() - self.began)
+        lines = [f"{results.num_finished} of {len(results.plan.runs)} runs, {passed}{self._left()}"]
         lines += [progress_line(progress) for progress in self.running]
         return Group(
-            "", results_table(self.results), "", Text("\n".join(lines), style="cyan", overflow="ellipsis")
+            "", results_table(results), "", Text("\n".join(lines), style="cyan", overflow="ellipsis")
         )
 
     def __enter__(self) -> Self:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich.table import Table
+
+from segdeformer.files import write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,6 +53,15 @@ def markdown(grids: Sequence[Grid]) -> str:
         notes = "".join(f"\n- {note}" for note in grid.notes)
         parts.append(f"## {grid.title}\n\n" + "\n".join(lines) + (f"\n{notes}" if notes else ""))
     return "\n\n".join(parts) + "\n"
+
+
+def write_tables(console: Console, files: Mapping[str, tuple[Path | None, object]]) -> None:
+    """Write text, or JSON, where a file is named, and say so."""
+    for what, (path, content) in files.items():
+        if path is not None:
+            text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+            write_text(path, text)
+            console.print(f"{what}: {path}")
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
@@ -119,20 +132,13 @@ def _speed_grid(comparison: Comparison) -> Grid:
     header = ("model", "p50 ms", "p95 ms", "images/s", "relative", "paper")
     rows = []
     for one in comparison.measured:
-        speed = one.latency
-        rows.append(
-            (
-                one.contender.label,
-                f"{speed.p50_ms:.2f}",
-                f"{speed.p95_ms:.2f}",
-                f"{speed.images_per_s:.2f}",
-                f"{comparison.relative_speed(one):.2f}",
-                "" if (paper := comparison.paper_speed(one)) is None else f"{paper:.2f}",
-            )
-        )
+        speed, paper = one.latency, comparison.paper_speed(one)
+        numbers = (speed.p50_ms, speed.p95_ms, speed.images_per_s, comparison.relative_speed(one))
+        cells = [f"{number:.2f}" for number in numbers]
+        rows.append((one.alternative.label, *cells, "" if paper is None else f"{paper:.2f}"))
     rounds = base.latency.num_rounds
     notes = [
-        f"rounds in alternation: {rounds}; relative: images/s with {base.contender.label} = 1, by medians",
+        f"rounds in alternation: {rounds}; relative: images/s with {base.alternative.label} = 1, by medians",
         "paper: Table 7's frames per second, likewise, on a V100 at 512x512",
     ]
     return Grid("Speed", header, rows, notes if any(row[-1] for row in rows) else notes[:1])
@@ -142,7 +148,7 @@ def _cost_grid(comparison: Comparison) -> Grid:
     header = ("model", "params M", "GFLOPs", "GMACs", "extra MiB", "peak MiB")
     rows = [
         (
-            one.contender.label,
+            one.alternative.label,
             f"{one.parameters / 1e6:.2f}",
             _short(one.flops.total / 1e9),
             _short(one.printed_flops / 2e9),
@@ -164,7 +170,7 @@ def _parts_grid(comparison: Comparison) -> Grid:
     header = ("model", "", "encoder", "fusion", "context", "head")
     rows = []
     for one in comparison.measured:
-        rows.append((one.contender.label, "ms", *_cells(one.split_ms, 1)))
+        rows.append((one.alternative.label, "ms", *_cells(one.split_ms, 1)))
         rows.append(("", "GFLOPs", *_cells(one.flops.parts, 1e9)))
     notes = ["ms: medians of eager passes; the context of a folded model holds its head"]
     return Grid("Parts", header, rows, notes, num_left=2)

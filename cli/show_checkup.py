@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from segdeformer.data.doctor import Checkup
+    from segdeformer.data.check.doctor import Checkup
 
 STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
 
@@ -25,7 +25,7 @@ def show_checkup(console: Console, checkup: Checkup) -> None:
         mean, std = (list(values) for values in checkup.color_scale)
         console.print("for a recipe, from the training images (class weights by median frequency):")
         console.print(f"[data]\nmean = {mean}\nstd = {std}")
-        console.print(f"[train]\nclass_weights = {list(checkup.class_weights)}")
+        console.print(f"in the terms of train.losses: class_weights = {list(checkup.class_weights)}")
 
 
 def _findings_table(checkup: Checkup) -> Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -15,12 +14,10 @@ from segdeformer.cli.options import ClassesFile, Device, ImplName
 from segdeformer.cli.stopping import ended_by_signals
 
 if TYPE_CHECKING:
-    import torch
-
-    from segdeformer.cli.train_recipe import Wanted
-    from segdeformer.engine.distributed import Processes
-    from segdeformer.engine.run import Options
-    from segdeformer.kernels.impl import Impl
+    from segdeformer.protocols import OwnLogger
+    from segdeformer.runtime import Runtime
+    from segdeformer.training.prepare import Wanted
+    from segdeformer.training.run import Options
 
 LARGE = "Large runs"
 UNREADABLE = ("unreadable image", "unreadable label map")  # findings that --bad-images skip lives with
@@ -66,6 +63,10 @@ def train_command(
     bad_images: Annotated[
         str, typer.Option(help="At an image that cannot be read: stop, or skip it and count.")
     ] = "stop",
+    logger: Annotated[
+        list[str] | None,
+        typer.Option(help="MODULE:NAME of a logger of your own, told every event; may be repeated."),
+    ] = None,
     nproc: Annotated[
         int | None,
         typer.Option(min=1, help="Processes on this machine, one for each GPU.", rich_help_panel=LARGE),
@@ -74,7 +75,7 @@ def train_command(
         int, typer.Option(min=0, help="With --nproc: go on so often after a death.", rich_help_panel=LARGE)
     ] = 0,
     accumulate: Annotated[
-        int, typer.Option(min=1, help="Parts of a batch, one after another.", rich_help_panel=LARGE)
+        int, typer.Option(min=1, help="Micro-batches of a batch, one after another.", rich_help_panel=LARGE)
     ] = 1,
     auto_batch: Annotated[
         bool,
@@ -112,9 +113,13 @@ def train_command(
     ] = False,
 ) -> None:
     """Train. Without arguments: the default recipe on the landcover data that comes with the package."""
-    from segdeformer.cli.train_recipe import Wanted
-    from segdeformer.engine.distributed import joined_processes, own_device, started_by_torchrun
     from segdeformer.errors import UsageError
+    from segdeformer.plugins import bound_part
+    from segdeformer.runtime import choose_runtime
+    from segdeformer.runtime.device import make_deterministic
+    from segdeformer.runtime.distributed import joined_processes, started_by_torchrun
+    from segdeformer.training.prepare import Wanted
+    from segdeformer.training.run import Options
 
     if max_restarts and not started_by_torchrun() and (nproc or 1) == 1:
         raise UsageError("--max-restarts needs --nproc, whose launcher starts again what has died")
@@ -123,14 +128,8 @@ def train_command(
         makes_folder = out is None and not resume and not dry_run
         _launch(wanted, nproc, max_restarts=max_restarts, makes_folder=makes_folder)
         return
-
-    from segdeformer.cli.options import checked_impl
-    from segdeformer.engine.device import choose_device, make_deterministic
-    from segdeformer.engine.run import Options
-
-    chosen = own_device(choose_device(device))
-    resolved = checked_impl(impl, chosen)
-    if resolved == "blocks":
+    runtime = choose_runtime(device, impl, workers)
+    if runtime.impl == "blocks":
         raise UsageError("--impl blocks has no gradients; use auto or sdpa to train")
     if bad_images not in ("stop", "skip"):
         raise UsageError(f"--bad-images is `{bad_images}`; expected stop or skip")
@@ -147,11 +146,10 @@ def train_command(
         keep=keep,
         bad_images="skip" if bad_images == "skip" else "stop",
     )
-    task = _Task(
-        wanted, options, chosen, resolved, workers, resume=resume, dry_run=dry_run, auto_batch=auto_batch
-    )
-    with joined_processes(chosen) as processes:
-        _train(task, processes)
+    loggers = [bound_part(path, "logger", {}) for path in logger or ()]
+    task = _Task(wanted, options, loggers, resume=resume, dry_run=dry_run, auto_batch=auto_batch)
+    with joined_processes(runtime.device) as processes:
+        _train(task, runtime._replace(processes=processes))
 
 
 class _Task(NamedTuple):
@@ -159,26 +157,25 @@ class _Task(NamedTuple):
 
     wanted: Wanted
     options: Options
-    device: torch.device
-    impl: Impl
-    workers: int | None
+    loggers: list[OwnLogger]
     resume: bool
     dry_run: bool
     auto_batch: bool
 
 
-def _train(task: _Task, processes: Processes) -> None:
+def _train(task: _Task, runtime: Runtime) -> None:
     from segdeformer.cli.show import make_console
     from segdeformer.cli.train_plan import choose_accumulation, show_plan
-    from segdeformer.cli.train_recipe import new_folder, prepare, run_to_resume
     from segdeformer.cli.train_show import introduce, train_and_show
-    from segdeformer.data.doctor import quick_check, refuse_errors
-    from segdeformer.engine.distributed import environment, from_first
-    from segdeformer.engine.implementation import settle_training
-    from segdeformer.engine.run import RECIPE, resume_run, start_run
+    from segdeformer.data.check.doctor import quick_check, refuse_errors
     from segdeformer.errors import UserError
+    from segdeformer.measure.implementation import settle_training
+    from segdeformer.runtime.distributed import environment, from_first
+    from segdeformer.training.prepare import new_folder, prepare, run_to_resume
+    from segdeformer.training.run import RECIPE, resume_run, start_run
 
-    console = make_console(quiet=not processes.is_first)
+    first = runtime.processes.is_first
+    console = make_console(quiet=not first)
     wanted, out = task.wanted, task.wanted.out
     resumed = run_to_resume(wanted) if task.resume else None
     if environment().restarts:  # torchrun has started us again after a death
@@ -189,32 +186,22 @@ def _train(task: _Task, processes: Processes) -> None:
             wanted = wanted._replace(recipe=None, seed=None, batch=None, weights=None, precision=None)
     prepared = prepare(wanted, resumed)
     recipe = prepared.recipe
-    findings = quick_check(recipe.data) if processes.is_first else ()
+    findings = quick_check(recipe.data) if first else ()
     refuse_errors([f for f in findings if task.options.bad_images == "stop" or f.kind not in UNREADABLE])
 
     options = task.options
     if task.auto_batch:
-        options = choose_accumulation(console, prepared, options, task.device, task.impl, processes)
+        options = choose_accumulation(console, prepared, options, runtime)
     if task.dry_run:
-        workers = choose_workers(task.workers, processes)
-        show_plan(console, prepared, options, task.device, task.impl, processes, findings, workers=workers)
+        show_plan(console, prepared, options, runtime, findings)
         return
     folder = resumed or out
     if folder is None:
-        folder = from_first(new_folder(recipe.name) if processes.is_first else Path(), processes)
+        folder = from_first(new_folder(recipe.name) if first else Path(), runtime.processes)
     begin = start_run if resumed is None else resume_run
     run = None
     try:
-        run = begin(
-            recipe,
-            folder,
-            train_data=prepared.train_data,
-            val_data=prepared.val_data,
-            device=task.device,
-            impl=task.impl,
-            processes=processes,
-            options=options,
-        )
+        run = begin(recipe, folder, prepared.data, runtime=runtime, options=options)
     finally:
         if run is None and resumed is None and out is None:
             with contextlib.suppress(OSError):  # it may hold the recipe already
@@ -224,15 +211,16 @@ def _train(task: _Task, processes: Processes) -> None:
         settle_training(run, say=console.print)
     introduce(console, run, prepared.base, findings)
     if run.complete:
-        console.print(f"{folder} is complete at iteration {run.iteration:,}; --iterations N trains on")
+        iteration = run.progress.iteration
+        console.print(f"{folder} is complete at iteration {iteration:,}; --iterations N trains on")
         return
-    train_and_show(console, run, workers=choose_workers(task.workers, processes))
+    train_and_show(console, run, task.loggers if first else ())
 
 
 def _launch(wanted: Wanted, nproc: int, *, max_restarts: int, makes_folder: bool) -> None:
     """This command in `nproc` processes, whose run folder is chosen here, so that a restart finds it."""
     from segdeformer.cli.launch import launch
-    from segdeformer.cli.train_recipe import new_folder, prepare
+    from segdeformer.training.prepare import new_folder, prepare
 
     arguments = sys.argv[1:]
     prepared = prepare(wanted, None) if makes_folder else None
@@ -245,12 +233,3 @@ def _launch(wanted: Wanted, nproc: int, *, max_restarts: int, makes_folder: bool
         if folder is not None:
             with contextlib.suppress(OSError):  # empty, if nothing came of it
                 folder.rmdir()
-
-
-def choose_workers(wanted: int | None, processes: Processes) -> int:
-    """Some loader processes where cores are plenty; on few cores they would only take turns."""
-    if wanted is not None:
-        return wanted
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores //= processes.size
-    return 0 if cores <= 2 else min(8, cores // 2)

@@ -8,71 +8,38 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
 
-    from segdeformer.cli.train_recipe import Prepared
-    from segdeformer.data.findings import Finding
-    from segdeformer.engine.distributed import Processes
-    from segdeformer.engine.run import Options
-    from segdeformer.kernels.impl import Impl
+    from segdeformer.data.check.findings import Finding
+    from segdeformer.runtime import Runtime
+    from segdeformer.training.prepare import Prepared
+    from segdeformer.training.run import Options
 
 
-def choose_accumulation(
-    console: Console,
-    prepared: Prepared,
-    options: Options,
-    device: torch.device,
-    impl: Impl,
-    processes: Processes,
-) -> Options:
+def choose_accumulation(console: Console, prepared: Prepared, options: Options, runtime: Runtime) -> Options:
     """The options with the smallest accumulation that fits memory, and a line that says so."""
-    from segdeformer.engine.plan import fit_batch
+    from segdeformer.training.plan import fit_batch
 
-    fit = fit_batch(
-        prepared.recipe,
-        prepared.train_data,
-        prepared.val_data,
-        device=device,
-        impl=impl,
-        processes=processes,
-        options=options,
-    )
+    fit = fit_batch(prepared.recipe, prepared.data, runtime=runtime, options=options)
     console.print(
-        f"--auto-batch: {fit.part_size} images at once, --accumulate {fit.accumulate}: "
+        f"--auto-batch: {fit.micro_batch_size} images at once, --accumulate {fit.accumulate}: "
         f"{fit.peak_mib:,.0f} of {fit.available_mib:,.0f} MiB"
     )
     return options._replace(accumulate=fit.accumulate)
 
 
 def show_plan(
-    console: Console,
-    prepared: Prepared,
-    options: Options,
-    device: torch.device,
-    impl: Impl,
-    processes: Processes,
-    findings: Sequence[Finding],
-    *,
-    workers: int,
+    console: Console, prepared: Prepared, options: Options, runtime: Runtime, findings: Sequence[Finding]
 ) -> None:
     """The resolved recipe, what is in it, and two measured steps; nothing is written."""
     from segdeformer.cli.train_show import introduce
     from segdeformer.config import recipe_toml
-    from segdeformer.engine.plan import kernels_of, rehearse
+    from segdeformer.training.plan import kernels_of, rehearse
 
-    recipe = prepared.recipe
+    recipe, workers = prepared.recipe, runtime.workers
     console.print("dry run: nothing is kept", style="bold")
     console.print(recipe_toml(recipe).rstrip())
-    rehearsal = rehearse(
-        recipe,
-        prepared.train_data,
-        prepared.val_data,
-        device=device,
-        impl=impl,
-        processes=processes,
-        options=options,
-    )
+    rehearsal = rehearse(recipe, prepared.data, runtime=runtime, options=options)
     run = rehearsal.run
     run.recipe = recipe
     introduce(console, run, prepared.base, findings, shows_folder=False)
@@ -81,12 +48,12 @@ def show_plan(
 
     kernels = Table("operation", "size", "by", box=None, header_style="bold")
     strides = tuple(run.model.encoder.strides)
-    for kernel in kernels_of(recipe, impl, device, strides, run.part_size):
+    for kernel in kernels_of(recipe, runtime, strides, run.micro_batch_size):
         kernels.add_row(*kernel)
     console.print(kernels, soft_wrap=False)
 
     train = recipe.train
-    num_images = len(prepared.train_data)
+    num_images = len(prepared.data.train)
     epochs = train.iterations * train.batch_size / num_images
     step_s = rehearsal.step_s
     loading_s = rehearsal.batch_s / workers if workers else rehearsal.batch_s

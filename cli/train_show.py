@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from segdeformer.cli.stopping import StoppedError, stop_request
 
@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from segdeformer.config import Recipe
-    from segdeformer.data.findings import Finding
-    from segdeformer.engine.run import Run
-    from segdeformer.engine.train import Validated
+    from segdeformer.data.check.findings import Finding
+    from segdeformer.protocols import OwnLogger
+    from segdeformer.training.loop import Validated
+    from segdeformer.training.run import Run
 
 HIGHEST_FINE_TUNING_RATE = 2e-4
 
@@ -23,20 +24,21 @@ def introduce(
 ) -> None:
     """The run before its first step: changes of the recipe, data, device, who learns how fast."""
     from segdeformer.cli.show import groups_table, schedule_line
+    from segdeformer.config.changes import differences
     from segdeformer.kernels.impl import describe_impl
 
     recipe = run.recipe
     console.print(f"{recipe.name}: {recipe.description}", style="bold")
-    for change in _changes(base.model_dump(), recipe.model_dump()):
-        console.print(f"  changed {change}", style="yellow")
-    data = run.train_data
+    for key, (before, after) in differences(base.model_dump(), recipe.model_dump()).items():
+        console.print(f"  changed {key}: {before} -> {after}", style="yellow")
+    data = run.data.train
     console.print(
-        f"data {data.name}: {len(data):,} training and {len(run.val_data):,} validation images, "
+        f"data {data.name}: {len(data):,} training and {len(run.data.val):,} validation images, "
         f"{recipe.model.num_classes} classes"
     )
-    attention = describe_impl(run.impl, run.device)
+    attention = describe_impl(run.runtime.impl, run.runtime.device)
     folder = f", run folder {run.folder}" if shows_folder else ""
-    console.print(f"device {run.device}, attention {attention}{folder}")
+    console.print(f"device {run.runtime.device}, attention {attention}{folder}")
     if sharing := _sharing(run):
         console.print(sharing)
     if run.model.weights_report is not None:
@@ -50,32 +52,32 @@ def introduce(
         )
     for found in findings:
         console.print(found.line(), style="yellow")
-    for warning in run.warnings:
+    for warning in run.progress.warnings:
         console.print(f"warning: {warning}", style="yellow")
     console.print(groups_table(run.groups, recipe.train), soft_wrap=False)
-    console.print(schedule_line(recipe.train))
-    if run.iteration:
-        console.print(f"goes on after iteration {run.iteration:,}")
+    console.print(schedule_line(recipe))
+    if run.progress.iteration:
+        console.print(f"goes on after iteration {run.progress.iteration:,}")
 
 
 def _sharing(run: Run) -> str:
     """How the batch is shared out, and what else makes this run larger or smaller; empty if nothing."""
     from torch import nn
 
-    options, processes = run.options, run.processes
+    options, processes = run.options, run.runtime.processes
     parts = []
     if processes.size > 1:
         parts.append(
             f"{processes.size} processes{', each with a share of the model' if options.shard else ''}"
         )
     if options.accumulate > 1:
-        parts.append(f"{options.accumulate} parts one after another")
+        parts.append(f"{options.accumulate} micro-batches one after another")
     if parts:
-        parts.append(f"{run.part_size} images at once in each")
+        parts.append(f"{run.micro_batch_size} images at once in each")
     if options.accumulate > 1 and any(
         isinstance(m, nn.modules.batchnorm._BatchNorm) for m in run.model.modules()
     ):
-        parts.append("BatchNorm sees a part at a time")
+        parts.append("BatchNorm sees a micro-batch at a time")
     for name in ("compile", "channels_last", "grad_checkpointing"):
         if getattr(options, name):
             parts.append(name.replace("_", "-"))
@@ -84,23 +86,17 @@ def _sharing(run: Run) -> str:
     return ", ".join(parts)
 
 
-def _changes(before: Any, after: Any, path: str = "") -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in after:
-            yield from _changes(before.get(key), after[key], f"{path}.{key}".lstrip("."))
-    elif before != after:
-        yield f"{path}: {before} -> {after}"
-
-
-def train_and_show(console: Console, run: Run, *, workers: int) -> None:
+def train_and_show(console: Console, run: Run, loggers: Sequence[OwnLogger]) -> None:
     """Train to the end, or until a signal asks to stop; then `UserError` says how to go on."""
     from segdeformer.cli.progress import TrainingProgress
-    from segdeformer.engine.distributed import add_up, any_of, explained_loss
-    from segdeformer.engine.train import Skipped, Stopped, Validated, Validating, train
+    from segdeformer.runtime.distributed import add_up, any_of, explained_loss
+    from segdeformer.training.loop import Skipped, Stopped, Validated, Validating, train
 
     best: Validated | None = None
     with stop_request() as should_stop, TrainingProgress(console, run) as progress:
-        for event in train(run, workers=workers, should_stop=should_stop):
+        for event in train(run, should_stop=should_stop):
+            for logger in loggers:
+                logger(event, run)
             match event:
                 case Validating():
                     progress.validating(event)
@@ -112,30 +108,32 @@ def train_and_show(console: Console, run: Run, *, workers: int) -> None:
                     progress.skipped(event)
                 case Stopped():
                     with explained_loss():
-                        any_of(False, run.processes)  # the first one has saved
+                        any_of(False, run.runtime.processes)  # the first one has saved
                     raise StoppedError(
                         f"stopped by {should_stop.source} after iteration {event.iteration:,}, all is saved; "
                         f"go on with: segdeformer train --resume --out {run.folder}"
                     )
                 case _:
                     progress.stepped(event)
-    if run.num_skipped_steps:
+    if run.progress.num_skipped_steps:
         console.print(
-            f"{run.num_skipped_steps:,} steps were left out, for their loss or gradient was not finite; "
-            f"metrics.jsonl has each",
+            f"{run.progress.num_skipped_steps:,} steps were left out, for their loss or gradient was not "
+            "finite; metrics.jsonl has each",
             style="yellow",
         )
     import torch
 
     with explained_loss():
-        num_unreadable = int(add_up(torch.tensor(float(len(run.unreadable))), run.processes).item())
+        num_unreadable = int(
+            add_up(torch.tensor(float(len(run.progress.unreadable))), run.runtime.processes).item()
+        )
     if num_unreadable:
         console.print(
             f"{num_unreadable:,} times another image took the place of one that cannot be read, such as: "
-            f"{run.unreadable[0] if run.unreadable else 'one of another process'}",
+            f"{run.progress.unreadable[0] if run.progress.unreadable else 'one of another process'}",
             style="yellow",
         )
-    if run.processes.is_first:
+    if run.runtime.processes.is_first:
         _finish(console, run, best)
 
 
@@ -147,11 +145,12 @@ def _finish(console: Console, run: Run, best: Validated | None) -> None:
     import torch
 
     from segdeformer.cli.show import scores_line, scores_table
-    from segdeformer.engine.checkpoint import BEST, load_weights, read_checkpoint
-    from segdeformer.engine.evaluate import ImageResult, evaluate
-    from segdeformer.engine.predict import predict_image
-    from segdeformer.engine.run import build_like
+    from segdeformer.inference.evaluate import ImageResult, evaluate
+    from segdeformer.inference.predict import predict_image
     from segdeformer.report.sheet import shown_indices, write_sheet
+    from segdeformer.runtime.distributed import ALONE
+    from segdeformer.training.run import build_like
+    from segdeformer.weights.checkpoint import BEST, load_weights, read_checkpoint
 
     recipe, path = run.recipe, run.folder / BEST
     model = build_like(run).eval()
@@ -159,24 +158,22 @@ def _finish(console: Console, run: Run, best: Validated | None) -> None:
     if best is None:
         report = evaluate(
             model,
-            run.val_data,
+            run.data.val,
             protocol=recipe.evaluate,
             data=recipe.data,
-            device=run.device,
-            impl=run.impl,
+            runtime=run.runtime._replace(processes=ALONE),
         )
     else:
         report = best.report
     results = []
-    for index in shown_indices(len(run.val_data)):
-        sample = run.val_data.read(index)
+    for index in shown_indices(len(run.data.val)):
+        sample = run.data.val.read(index)
         prediction = predict_image(
             model,
             sample.image_HW3,
             protocol=recipe.evaluate,
             data=recipe.data,
-            device=run.device,
-            impl=run.impl,
+            runtime=run.runtime,
         )
         results.append(ImageResult(sample, torch.from_numpy(prediction.ids_HW)))
     picture = run.folder / "validation.png"

@@ -46,11 +46,11 @@ class Choice(NamedTuple):
     training: bool  # forward + backward, else forward
     size: int  # of the problem: B N M scores, or B K H W upsampled values
     triton_ms: float  # infinite where ours did not run or was wrong
-    sdpa_ms: float  # PyTorch's, with the backend that it took; infinite where ours ended the process
+    alternative_ms: float  # of PyTorch's attention, or of strips; infinite where ours ended the process
 
     @property
     def triton_wins(self) -> bool:
-        return self.triton_ms < self.sdpa_ms
+        return self.triton_ms < self.alternative_ms
 
     def serves(
         self, operation: str, width: int, value_width: int, element_bytes: int, training: bool
@@ -64,7 +64,7 @@ class Choice(NamedTuple):
 
     def row(self) -> dict[str, Any]:
         """As a file has it."""
-        times = {"triton_ms": self.triton_ms, "sdpa_ms": self.sdpa_ms}
+        times = {"triton_ms": self.triton_ms, "alternative_ms": self.alternative_ms}
         return self._asdict() | {name: None if math.isinf(ms) else ms for name, ms in times.items()}
 
 
@@ -73,9 +73,9 @@ def read_choices(rows: Sequence[dict[str, Any]]) -> list[Choice]:
     choices = []
     for row in rows:
         if "size" in row:
-            choice = Choice(**{name: row[name] for name in Choice._fields})
-            times = (math.inf if ms is None else ms for ms in (row["triton_ms"], row["sdpa_ms"]))
-            choices.append(Choice(*choice[:6], *times))
+            row = {"alternative_ms": row.get("sdpa_ms"), **row}  # its name in older files
+            times = (math.inf if row[name] is None else row[name] for name in ("triton_ms", "alternative_ms"))
+            choices.append(Choice(*[row[name] for name in Choice._fields[:6]], *times))
     return choices
 
 

@@ -60,7 +60,7 @@ def check_impl(impl: str, device: torch.device | None = None) -> Impl:
     sdpa: PyTorch's scaled_dot_product_attention, which never stores the N x M scores.
     blocks: on a CPU without gradients, faster than sdpa for large maps.
     reference: the textbook equation, which stores the scores.
-    With sdpa and blocks, losses and winners of upsampled logits are made in strips of rows.
+    With sdpa and blocks, loss and argmax of upsampled logits are made in strips of rows.
     auto: see `choose_impl`.
     """
     match impl:

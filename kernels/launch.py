@@ -10,9 +10,9 @@ import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ from triton.errors import TritonError
 
 from segdeformer.errors import KernelError, UserError
 from segdeformer.kernels.tiles import LARGEST_WIDTH, Tile
+
+T = TypeVar("T")
 
 KERNEL_FOLDER = Path(__file__).resolve().parent
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -39,6 +41,22 @@ class Launch(NamedTuple):
     constants: Mapping[str, int | str | bool]
     tile: Tile
 
+    @classmethod
+    def of(
+        cls,
+        kernel: Any,
+        grid: tuple[int, ...],
+        tile: Tile,
+        tensors: Mapping[str, Tensor],
+        numbers: Mapping[str, int | float],
+        constants: Mapping[str, int | str | bool],
+    ) -> Launch:
+        """The call with those of the arguments that the kernel names."""
+        names = kernel.arg_names
+        return cls(
+            kernel, grid, _named(names, tensors), _named(names, numbers), _named(names, constants), tile
+        )
+
     @property
     def name(self) -> str:
         return self.kernel.fn.__name__
@@ -46,11 +64,7 @@ class Launch(NamedTuple):
     @property
     def options(self) -> dict[str, int | bool]:
         """How the compiler is asked; multiply and add fused, whatever a Triton version's default."""
-        return {
-            "num_warps": self.tile.warps,
-            "num_stages": self.tile.stages,
-            "enable_fp_fusion": True,
-        }
+        return {"num_warps": self.tile.warps, "num_stages": self.tile.stages, "enable_fp_fusion": True}
 
     def compile(self) -> Any:
         """The kernel's machine code for the current GPU; nothing runs."""
@@ -73,6 +87,10 @@ class Launch(NamedTuple):
             raise KernelError(failure(self, error)) from error
 
 
+def _named(names: Sequence[str], arguments: Mapping[str, T]) -> dict[str, T]:
+    return {name: argument for name, argument in arguments.items() if name in names}
+
+
 def allow_descriptors(device: torch.device) -> None:
     """Let this thread's kernels make descriptors of bulk copies; the backward runs in a thread of its own."""
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
@@ -93,8 +111,8 @@ def failure(launch: Launch, error: Exception) -> str:
 def kernel_sources() -> str:
     """A digest of the Triton code and of its launches: other sources are other kernels."""
     digest = hashlib.sha256()
-    for name in ("*_triton.py", "*_launches.py", "launch.py"):
-        for path in sorted(KERNEL_FOLDER.glob(name)):
+    for name in ("triton_*.py", "launch.py", "operator.py"):
+        for path in sorted(KERNEL_FOLDER.rglob(name)):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

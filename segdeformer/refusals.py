@@ -46,11 +46,26 @@ def _place(loc: tuple[int | str, ...], root: type[BaseModel]) -> _Place:
     names: list[str] = []
     tables = [root]
     for part in loc:
-        if len(tables) > 1:
-            tables = [t for t in tables if t.model_fields["kind"].default == part]
+        if isinstance(part, int):  # of a list; its items' kinds are the field's
+            names.append(str(part))
             continue
-        names.append(str(part))
-        field = tables[0].model_fields.get(str(part)) if tables else None
-        options = [] if field is None else [field.annotation, *typing.get_args(field.annotation)]
-        tables = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        if len(tables) > 1:
+            tables = [t for t in tables if _kind(t) == part]
+            continue
+        names.append(part)
+        field = tables[0].model_fields.get(part) if tables else None
+        tables = [] if field is None else list(_tables_in(field.annotation))
     return _Place(".".join(names), tables)
+
+
+def _kind(table: type[BaseModel]) -> str:
+    """The tag of a table of several kinds; that of Python paths for one that names no kind."""
+    field = table.model_fields["kind"]
+    return "module:name" if field.is_required() else str(field.default)
+
+
+def _tables_in(annotation: object) -> typing.Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in typing.get_args(annotation):
+        yield from _tables_in(part)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from segdeformer.kernels.crew import stage
+from segdeformer.kernels.tuning.crew import stage
 
 
 def hang():

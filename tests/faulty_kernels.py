@@ -5,7 +5,7 @@ from faulty import FAULTS
 
 from benchmarks import checks, kernels
 from segdeformer.kernels.launch import Launch
-from segdeformer.kernels.tune import measure_tiles
+from segdeformer.kernels.tuning.search import measure_tiles
 
 
 def measure_with_faults(place, faults, task):
@@ -34,9 +34,9 @@ def check_with_faults(faults, part):
         honest = checks.cases_of
 
         def cases_of(group, machine):
-            for name, share_of in honest(group, machine):
+            for name, check in honest(group, machine):
                 fault = faults.get((group.name, name))
-                yield name, share_of if fault is None else FAULTS.get(fault) or spoiled_gpu
+                yield name, check if fault is None else FAULTS.get(fault) or spoiled_gpu
 
         checks.cases_of = cases_of
     yield from checks.check_group(part)

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 
-from segdeformer.config import EvalConfig, Recipe, load_recipe
+from segdeformer.config import EvalConfig, Recipe, TrainConfig, load_recipe
 from segdeformer.data.built_in import SyntheticDataset
-from segdeformer.engine.distributed import ALONE, Processes, joined_processes
-from segdeformer.engine.evaluate import evaluate, report_values
-from segdeformer.engine.train import Options, Step, start_run, train
-from segdeformer.models.segmenter import build_model
+from segdeformer.data.samples import Splits
+from segdeformer.inference.evaluate import evaluate, report_values
+from segdeformer.runtime import Runtime
+from segdeformer.runtime.distributed import ALONE, Processes, joined_processes
+from segdeformer.training.loop import Options, Step, start_run, train
+from segdeformer.weights.build import build_model
 
 CPU = torch.device("cpu")
 TRAIN_DATA = SyntheticDataset("train", num_images=9, size_hw=(49, 63))
@@ -36,6 +38,7 @@ def recipe(*, iterations: int) -> Recipe:
         "iterations": iterations,
         "learning_rate": 6e-5,
         "batch_size": 4,
+        "loss_average": "valid",
         "class_weights": (0.5, 1.0, 2.0, 3.0, 1.5),
         "clip_norm": 0.5,
         "ema_decay": 0.9,
@@ -46,7 +49,7 @@ def recipe(*, iterations: int) -> Recipe:
         update={
             "model": base.model.model_copy(update={"encoder": encoder}),
             "augment": base.augment.model_copy(update={"crop": (40, 48)}),
-            "train": base.train.model_copy(update=config),
+            "train": TrainConfig.model_validate(base.train.model_dump(exclude={"losses"}) | config),
         }
     )
 
@@ -59,10 +62,8 @@ def losses_of_run(folder: Path, processes: Processes, options: Options, *, itera
     run = start_run(
         chosen,
         folder,
-        train_data=TRAIN_DATA,
-        val_data=VAL_DATA,
-        device=CPU,
-        processes=processes,
+        Splits(TRAIN_DATA, VAL_DATA),
+        runtime=Runtime(processes=processes),
         options=options,
     )
     return [event.losses.total.item() for event in train(run) if isinstance(event, Step)]
@@ -73,8 +74,9 @@ def scores(processes: Processes) -> dict[str, object]:
     chosen = recipe(iterations=1)
     torch.manual_seed(3)
     model = build_model(chosen.model)
+    runtime = Runtime(processes=processes)
     reports = {
-        name: evaluate(model, VAL_DATA, protocol=protocol, data=chosen.data, device=CPU, processes=processes)
+        name: evaluate(model, VAL_DATA, protocol=protocol, data=chosen.data, runtime=runtime)
         for name, protocol in PROTOCOLS.items()
     }
     return {name: report_values(report) for name, report in reports.items()}

@@ -16,15 +16,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from segdeformer.cli.ablate import _make_slots
+from segdeformer.ablation import runs as ablation_runs
+from segdeformer.ablation.folder import locked
+from segdeformer.ablation.image_counts import read_image_counts
+from segdeformer.ablation.request import make_slots
 from segdeformer.cli.main import app
-from segdeformer.engine import ablation_runs
-from segdeformer.engine.ablation_folder import locked
-from segdeformer.engine.image_counts import read_image_counts
-from segdeformer.engine.metrics import ConfusionMatrix
-from segdeformer.engine.runlog import read_metrics
 from segdeformer.errors import UserError
+from segdeformer.inference.metrics import ConfusionMatrix
 from segdeformer.report.gains import OURS, PAPER, GainLine, gains_plot
+from segdeformer.training.runlog import read_metrics
 
 RUNNER = CliRunner(env={"COLUMNS": "160"})
 FAKE = Path(__file__).parent / "fake_training.py"
@@ -177,7 +177,7 @@ def in_a_process(*options: str) -> subprocess.Popen:
     program = (
         "import sys\n"
         "from segdeformer.cli.main import app\n"
-        "from segdeformer.engine import ablation_runs as runs\n"
+        "from segdeformer.ablation import runs\n"
         f"fake = ({sys.executable!r}, {str(FAKE)!r})\n"
         "runs.TRAIN, runs.SCORE = (*fake, 'train'), (*fake, 'score')\n"
         "app(sys.argv[1:])\n"
@@ -263,13 +263,13 @@ def test_jobs_share_the_threads_of_a_cpu(fake, monkeypatch) -> None:
 def test_jobs_get_a_gpu_each(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    slots = _make_slots("auto", "cuda", jobs=3, impl="triton")
+    slots = make_slots("auto", "cuda", jobs=3, impl="triton")
     assert [slot.environment for slot in slots] == [
         {"CUDA_VISIBLE_DEVICES": name} for name in ("3", "5", "3")
     ]
     assert {slot.options for slot in slots} == {("--device", "cuda", "--impl", "triton")}
-    assert len(_make_slots("auto", "cuda", jobs=None, impl="auto")) == 2
-    (named,) = _make_slots("cuda:1", "cuda", jobs=None, impl="auto")
+    assert len(make_slots("auto", "cuda", jobs=None, impl="auto")) == 2
+    (named,) = make_slots("cuda:1", "cuda", jobs=None, impl="auto")
     assert named.environment == {} and named.options[:2] == ("--device", "cuda:1")
 
 
@@ -292,9 +292,9 @@ def test_two_rows_train_for_real_and_score_as_their_last_validation(tmp_path, mo
         assert [entry["iteration"] for entry in validation] == [2]
         assert row["miou"] == pytest.approx(validation[0]["miou"], abs=1e-3)  # folded: float32 rounding
         counts = read_image_counts(run / "images.npz")
-        assert counts.counts_NKK.shape == (64, 5, 5) and counts.names[3] == "val0003"
+        assert counts.counts.shape == (64, 5, 5) and counts.names[3] == "val0003"
         whole = ConfusionMatrix(5)
-        whole.counts_KK += counts.counts_NKK.sum(0).astype(np.int64)
+        whole.counts_KK += counts.counts.sum(0).astype(np.int64)
         assert row["miou"] == pytest.approx(whole.scores().miou, abs=1e-12)
     gain = rows[1]["gain"]
     assert gain["miou"] == pytest.approx(rows[1]["miou"] - rows[0]["miou"], abs=1e-12)

@@ -1,35 +1,29 @@
 """Rows of an ablation: the paper's tables, their values, rows of a file, and mistakes in it."""
 
-import tomllib
 from importlib import resources
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from segdeformer.ablations import TABLES
-from segdeformer.cli.ablate_plan import default_folder, make_plan
-from segdeformer.cli.main import app
-from segdeformer.config import ContextConfig, ExternalConfig, Recipe, load_recipe
-from segdeformer.engine.ablation_file import file_rows, read_ablation
-from segdeformer.engine.ablation_plan import (
+from segdeformer.ablation.file import file_rows, read_ablation
+from segdeformer.ablation.plan import (
     Plan,
     base_of_rows,
     encoders,
     parse_seeds,
-    row_changes,
-    runs_in_order,
     table_rows,
     with_weights,
 )
-from segdeformer.engine.paper_values import paper_value
+from segdeformer.ablation.request import default_folder, make_plan
+from segdeformer.cli.main import app
+from segdeformer.config import ContextConfig, ExternalConfig, Recipe, load_recipe
 from segdeformer.errors import UsageError
+from segdeformer.paper import paper
+from segdeformer.paper.ablations import TABLES, paper_value
 
 RUNNER = CliRunner(env={"COLUMNS": "160"})
-PAPER = {
-    table["number"]: table["rows"]
-    for table in tomllib.loads((resources.files("segdeformer") / "paper.toml").read_text("utf-8"))["tables"]
-}
+PAPER = {table["number"]: table["rows"] for table in paper()["tables"]}
 
 
 def base(name: str = "synthetic", **changes) -> Recipe:
@@ -77,7 +71,7 @@ def test_every_row_has_the_value_that_the_paper_prints(table, mious, gains) -> N
 @pytest.mark.parametrize("table", [4, 5, 6])
 def test_rows_of_tables_4_to_6_change_nothing_but_the_context(table) -> None:
     for row in table_rows(table, base()):
-        assert all(key.startswith("model.context") for key in row_changes(Plan("", base(), (), ()), row))
+        assert all(key.startswith("model.context") for key in Plan("", base(), (), ()).changes(row))
         assert row.recipe.train == base().train and row.recipe.data == base().data
 
 
@@ -132,7 +126,7 @@ def test_weights_go_to_the_rows_of_their_encoder() -> None:
     rows = with_weights(table_rows(7, base()), {"mit_b2": "/weights/b2.pth"})
     chosen = [row.recipe.model.encoder.weights for row in rows]
     assert chosen == ["none"] * 7 + ["/weights/b2.pth"] * 3
-    assert encoders(rows) == [
+    assert list(encoders(rows)) == [
         "deit_small_patch16_224.fb_in1k",
         "swin_small_patch4_window7_224.ms_in1k",
         "mit_b2",
@@ -143,13 +137,13 @@ def test_weights_go_to_the_rows_of_their_encoder() -> None:
 
 
 def test_without_arguments_it_is_table_6_on_landcover_small() -> None:
-    nothing = dict.fromkeys(("base", "data", "classes", "iterations", "batch"))
-    plan = make_plan("table6", seeds=(0, 1), weights=[], **nothing)
+    plan = make_plan("table6", seeds="2")
+    assert plan.seeds == (0, 1)
     assert [row.name for row in plan.rows] == ["no context", "internal", "external", "internal + external"]
     assert (plan.base.name, plan.base.data.name) == ("landcover-demo", "landcover")
     assert (plan.base.train.iterations, plan.base.train.warmup_iterations) == (400, 40)
     assert default_folder("table6", plan) == Path("runs/ablate-table6-landcover")
-    longer = make_plan("table6", seeds=(0,), weights=[], **(nothing | {"base": "landcover-demo"}))
+    longer = make_plan("table6", seeds="1", base="landcover-demo")
     assert longer.base.train.iterations == 500  # a base that is named keeps its length
 
 
@@ -162,7 +156,7 @@ def test_a_shorter_base_scales_its_schedule_and_validates_at_the_end_only() -> N
 
 def test_runs_go_through_all_rows_before_the_next_seed() -> None:
     rows = table_rows(6, base())
-    order = runs_in_order(Plan("", base(), rows, (4, 1)))
+    order = Plan("", base(), rows, (4, 1)).runs
     names = [row.name for row in rows]
     assert [(run.row.name, run.seed) for run in order] == [(n, 4) for n in names] + [(n, 1) for n in names]
 
@@ -191,7 +185,9 @@ def test_rows_of_a_file_change_single_keys_and_take_tables_away(tmp_path) -> Non
         name = "internal, 2 heads"
         model.context.internal.heads = 2
         model.context.external = "none"
-        train = { learning_rate = 2e-3, class_weights = [1.0, 2.0, 1.0, 1.0, 1.0], iterations = 30 }
+        train.learning_rate = 2e-3
+        train.losses = [{ name = "seg", kind = "cross_entropy", class_weights = [1.0, 2.0, 1.0, 1.0, 1.0] }]
+        train.iterations = 30
         [[rows]]
         name = "upernet"
         over = "internal, 2 heads"
@@ -206,7 +202,7 @@ def test_rows_of_a_file_change_single_keys_and_take_tables_away(tmp_path) -> Non
     assert context is not None and context.internal is not None
     assert (context.internal.heads, context.external) == (2, None)
     assert heads.recipe.train.learning_rate == 2e-3
-    assert heads.recipe.train.class_weights == (1, 2, 1, 1, 1)
+    assert heads.recipe.train.losses[0].class_weights == (1, 2, 1, 1, 1)
     assert (heads.recipe.train.validate_every, heads.recipe.train.checkpoint_every) == (30, 2)
     assert upernet.recipe.model.fusion.model_dump() == {
         "kind": "upernet",

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from segdeformer.kernels.resources import Resources
 from segdeformer.kernels.tiles import ARCHITECTURES, default_tile
+from segdeformer.kernels.tuning.resources import Resources
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = [

@@ -12,18 +12,18 @@ from segdeformer.cli.main import app
 from segdeformer.cli.show_bench import Grid, comparison_grids, markdown
 from segdeformer.config import load_recipe, recipe_toml
 from segdeformer.data.classes import ClassTable
-from segdeformer.engine.checkpoint import save_checkpoint
 from segdeformer.errors import UserError
-from segdeformer.measure.contenders import Contender, Setting, build, parse_contenders
+from segdeformer.measure.alternatives import Alternative, Setting, build, parse_alternatives
 from segdeformer.measure.flops import Flops
 from segdeformer.measure.fps import Comparison, Measured, Options
 from segdeformer.measure.machine import Machine
 from segdeformer.measure.memory import Memory, measure_memory
-from segdeformer.measure.paper import ParamsRow, paper, paper_speeds, params_rows
 from segdeformer.measure.parameters import PartCounts, compared, count_parameters
 from segdeformer.measure.parts import Split
 from segdeformer.measure.speed import Length, alternating_ms, latency, percentile, split_ms
-from segdeformer.models.segmenter import build_model
+from segdeformer.paper.figures import ParamsRow, paper, paper_speeds, params_rows
+from segdeformer.weights.build import build_model
+from segdeformer.weights.checkpoint import save_checkpoint
 
 
 def run(*arguments: str):
@@ -127,7 +127,7 @@ def test_so_many_rounds_as_fit_the_seconds_but_five_to_five_hundred(length, seco
 
 
 def test_parts_add_up_to_a_pass_and_have_a_head_only_unfolded(small):
-    model = build(Contender("a", small, Setting(fold=False)), torch.device("cpu")).model
+    model = build(Alternative("a", small, Setting(fold=False)), torch.device("cpu")).model
     images = torch.randn(1, 3, 33, 49)
     split = split_ms(model, images, passes=1)
     assert min(split.encoder, split.fusion, split.context, split.head) > 0
@@ -140,27 +140,27 @@ def test_parts_add_up_to_a_pass_and_have_a_head_only_unfolded(small):
 
 def test_models_and_changes_are_read():
     base = Setting(impl="sdpa")
-    found = parse_contenders(
+    found = parse_alternatives(
         ["a", "runs/b/,dtype=bfloat16"], ["no-fold", "impl=reference,form=plain", "a"], base
     )
     assert found == [
-        Contender("a", "a", base),
-        Contender("b, dtype=bfloat16", "runs/b/", base._replace(dtype="bfloat16")),
-        Contender("a, no-fold", "a", base._replace(fold=False)),
-        Contender("a, impl=reference, form=plain", "a", base._replace(impl="reference", form="plain")),
-        Contender("a (2)", "a", base),
+        Alternative("a", "a", base),
+        Alternative("b, dtype=bfloat16", "runs/b/", base._replace(dtype="bfloat16")),
+        Alternative("a, no-fold", "a", base._replace(fold=False)),
+        Alternative("a, impl=reference, form=plain", "a", base._replace(impl="reference", form="plain")),
+        Alternative("a (2)", "a", base),
     ]
 
 
 def test_changes_of_the_first_model_start_from_its_own():
-    _, second = parse_contenders(["a,compile,channels-last"], ["no-compile,cuda-graphs"], Setting())
+    _, second = parse_alternatives(["a,compile,channels-last"], ["no-compile,cuda-graphs"], Setting())
     assert second.setting == Setting(compile=False, channels_last=True, cuda_graphs=True)
 
 
 def test_plain_form_and_folding_give_the_same_logits(small):
     device, images = torch.device("cpu"), torch.randn(2, 3, 33, 49)
     settings = [Setting(), Setting(form="plain"), Setting(fold=False, impl="reference")]
-    built = [build(Contender("a", small, setting), device) for setting in settings]
+    built = [build(Alternative("a", small, setting), device) for setting in settings]
     assert [b.folding for b in built] == ["folded", "not folded: Eq. 7 in its plain form", "not folded"]
     with torch.inference_mode():
         folded, plain, low_rank = (b.model(images).logits_BKhw for b in built)
@@ -175,11 +175,11 @@ def test_folded_checkpoint_is_measured_folded_only(small, tmp_path):
     classes = ClassTable(names, ((0, 0, 0),) * len(names))
     path = tmp_path / "folded.safetensors"
     save_checkpoint(path, model, recipe=recipe, classes=classes, iteration=1, best_miou=None)
-    built = build(Contender("c", str(path), Setting()), torch.device("cpu"))
+    built = build(Alternative("c", str(path), Setting()), torch.device("cpu"))
     assert built.recipe == recipe
     assert built.folding == "folded"
     with pytest.raises(UserError, match="c: it was saved folded, which cannot be undone"):
-        build(Contender("c", str(path), Setting(fold=False)), torch.device("cpu"))
+        build(Alternative("c", str(path), Setting(fold=False)), torch.device("cpu"))
     counted = run("--params", str(path), "--json", str(tmp_path / "counts.json"))
     assert counted.exit_code == 0, counted.stderr
     (counts,) = json.loads((tmp_path / "counts.json").read_text())["models"].values()
@@ -249,7 +249,7 @@ def test_baselines_may_be_half_a_percent_off_and_ours_one(method, printed, measu
 
 
 def test_recipe_that_cannot_be_built_has_its_reason():
-    found = compared(ParamsRow(1, "DPT", "DPT", 109.71, None, "peer", ""), "needs a package")
+    found = compared(ParamsRow(1, "DPT", "DPT", 109.71, None, "third_party", ""), "needs a package")
     assert (found.counts, found.within, found.obstacle) == (None, None, "needs a package")
 
 
@@ -292,10 +292,20 @@ def test_params_of_own_recipe_are_those_of_its_model_by_part(small, tmp_path):
 def measured(label: str, recipe: str, p50_ms: float) -> Measured:
     speed = latency([p50_ms], batch=1)
     flops = Flops(2_500_000_000, Split(10**9, 10**9, 5 * 10**8, None))
-    contender = Contender(label, recipe, Setting())
+    alternative = Alternative(label, recipe, Setting())
     split, printed = Split(1.0, 0.5, 0.25, None), paper_speeds().get(recipe)
     return Measured(
-        contender, recipe, "folded", "sdpa", 10**6, flops, 3 * 10**9, speed, split, Memory(4, 5, 16), printed
+        alternative,
+        recipe,
+        "folded",
+        "sdpa",
+        10**6,
+        flops,
+        3 * 10**9,
+        speed,
+        split,
+        Memory(4, 5, 16),
+        printed,
     )
 
 
@@ -310,7 +320,7 @@ def test_speeds_are_ratios_to_segformer_b2_as_in_the_paper():
         measured("base", "ade20k-segformer-b2", 10.0),
         measured("mine", "mine", 5.0),
     )
-    assert found.base.contender.label == "base"
+    assert found.base.alternative.label == "base"
     rows = comparison_grids(found)[0].rows
     assert [row[-2:] for row in rows] == [("0.25", "0.23"), ("1.00", "1.00"), ("2.00", "")]  # 7.80 / 33.47
 
@@ -355,7 +365,7 @@ def test_fps_gives_equal_flops_for_every_implementation_and_records_what_ran(sma
 
 
 def test_peak_memory_is_that_of_another_process_and_holds_what_a_pass_needs(small):
-    built = build(Contender("a", small, Setting()), torch.device("cpu"))
+    built = build(Alternative("a", small, Setting()), torch.device("cpu"))
     memory = measure_memory(built, batch=1, size=(192, 224), argmax=False)
     assert memory.extra_mib > 48 * 56 * 8 * 4 / 2**20  # more than the logits
     assert memory.model_mib == pytest.approx(4 * sum(p.numel() for p in built.model.parameters()) / 2**20)

@@ -3,16 +3,17 @@
 import pytest
 import torch
 
-from segdeformer.kernels.resources import Resources
-from segdeformer.kernels.tile_speed import scores_per_cycle
 from segdeformer.kernels.tiles import ARCHITECTURES, Tile, default_tile
-from segdeformer.kernels.tune_candidates import (
+from segdeformer.kernels.tuning.candidates import (
+    Target,
     candidate_tiles,
     estimated_resources,
     most_promising,
     needs,
+    scores_per_cycle,
 )
-from segdeformer.kernels.tune_problems import decoder_problems
+from segdeformer.kernels.tuning.resources import Resources
+from segdeformer.kernels.tuning.trial import decoder_problems
 
 HOPPER = ARCHITECTURES["sm_90"]
 KB = 1024
@@ -54,7 +55,8 @@ SMALL = Tile(64, 64, 4, 2)
 
 
 def speed(resources, tile=SMALL, *, width=32, num_rows=None):
-    return scores_per_cycle("external_forward", tile, (width, width), 2, HOPPER, resources, num_rows=num_rows)
+    target = Target("external_forward", (width, width), 2, HOPPER, num_rows)
+    return scores_per_cycle(target, tile, resources)
 
 
 def test_a_second_program_hides_the_softmax_of_the_first_behind_its_products():
@@ -81,7 +83,7 @@ def test_spills_older_instructions_and_idle_multiprocessors_cost_speed():
 
 def candidates(kernel, widths, num_rows):
     default = default_tile(kernel, *widths, 2, HOPPER)
-    return candidate_tiles(kernel, widths, 2, HOPPER, default, num_rows=num_rows)
+    return candidate_tiles(Target(kernel, widths, 2, HOPPER, num_rows), default)
 
 
 def test_candidates_are_the_large_tiles_and_the_small_ones_that_share():
@@ -96,7 +98,8 @@ def test_candidates_are_the_large_tiles_and_the_small_ones_that_share():
 def test_candidates_start_with_the_default_and_may_fit_the_card(architecture):
     for problem in decoder_problems(torch.device("cpu")):
         default = default_tile(problem.kernel, *problem.widths, problem.element_bytes, architecture)
-        tiles = candidate_tiles(problem.kernel, problem.widths, problem.element_bytes, architecture, default)
+        target = Target(problem.kernel, problem.widths, problem.element_bytes, architecture)
+        tiles = candidate_tiles(target, default)
         assert tiles[0] == default
         assert 1 < len(tiles) <= 24
         assert len(set(tiles)) == len(tiles)
@@ -112,8 +115,10 @@ def test_candidates_start_with_the_default_and_may_fit_the_card(architecture):
 
 
 def test_compiled_tiles_are_ordered_with_the_best_of_each_occupancy_first():
+    target = Target("external_forward", (160, 160), 2, HOPPER)
+
     def made(tile):
-        return estimated_resources("external_forward", tile, (160, 160), 2, HOPPER)
+        return estimated_resources(target, tile)
 
     one, two, three = Tile(128, 128, 8, 3), Tile(64, 128, 4, 2), Tile(64, 64, 4, 2)
     others = [Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 3), Tile(64, 128, 8, 2)]
@@ -123,12 +128,12 @@ def test_compiled_tiles_are_ordered_with_the_best_of_each_occupancy_first():
     assert [made(tile).resident_blocks(HOPPER) for tile in (one, two, three)] == [1, 2, 3]
     # The compiler spills where 64x128 has eight warps: the estimate does not count any more.
     compiled[others[3]] = compiled[others[3]]._replace(spill_bytes=400)
-    case = "external_forward", (160, 160), 2, HOPPER, tiles
-    best = most_promising(*case, resources=compiled, num_rows=16384, most=5)
+    target = target._replace(num_rows=16384)
+    best = most_promising(target, tiles, resources=compiled, most=5)
     assert set(best[:3]) == {one, two, three}
     assert best[0] == two
     assert len(best) == 5
-    everything = most_promising(*case, resources=compiled, num_rows=16384)
+    everything = most_promising(target, tiles, resources=compiled)
     assert broken not in everything
     assert huge not in everything
     assert set(everything) == set(compiled) - {huge}

@@ -13,7 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from segdeformer.config import Recipe, load_recipe
 from segdeformer.data.built_in import SyntheticDataset
-from segdeformer.engine.checkpoint import (
+from segdeformer.data.samples import Splits
+from segdeformer.errors import UserError
+from segdeformer.runtime import Runtime
+from segdeformer.training.loop import Run, Stopped, Validated, resume_run, save_run, start_run, train
+from segdeformer.training.runlog import RunLog, read_metrics
+from segdeformer.training.saves import newest, read_state, store
+from segdeformer.weights.checkpoint import (
     BEST,
     LAST,
     file_sha256,
@@ -23,15 +29,11 @@ from segdeformer.engine.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from segdeformer.engine.runlog import RunLog, read_metrics
-from segdeformer.engine.saves import newest, read_state, store
-from segdeformer.engine.train import Run, Stopped, Validated, resume_run, save_run, start_run, train
-from segdeformer.errors import UserError
 
 CPU = torch.device("cpu")
 TRAIN_DATA = SyntheticDataset("train", num_images=7, size_hw=(49, 63))
 VAL_DATA = SyntheticDataset("val", num_images=2, size_hw=(33, 41))
-DATA = {"train_data": TRAIN_DATA, "val_data": VAL_DATA, "device": CPU}
+DATA = Splits(TRAIN_DATA, VAL_DATA)
 
 
 def tiny_recipe(**changes: object) -> Recipe:
@@ -48,13 +50,13 @@ def tiny_recipe(**changes: object) -> Recipe:
 
 def trained(folder: Path, *, workers: int = 0, **changes: object) -> Path:
     """A finished run."""
-    for _ in train(start_run(tiny_recipe(**changes), folder, **DATA), workers=workers):
+    for _ in train(start_run(tiny_recipe(**changes), folder, DATA, runtime=Runtime(workers=workers))):
         pass
     return folder
 
 
 def resumed(folder: Path) -> Run:
-    return resume_run(read_checkpoint(folder / LAST).recipe, folder, **DATA)
+    return resume_run(read_checkpoint(folder / LAST).recipe, folder, DATA)
 
 
 def weights_digest(path: Path) -> str:
@@ -81,7 +83,7 @@ def whole(tmp_path_factory) -> Path:
 
 
 def test_a_loaded_model_is_the_saved_one_bit_for_bit(tmp_path):
-    run = start_run(tiny_recipe(), tmp_path, **DATA)
+    run = start_run(tiny_recipe(), tmp_path, DATA)
     for _ in train(run):
         pass
     loaded = load(tmp_path / LAST)
@@ -93,7 +95,7 @@ def test_a_loaded_model_is_the_saved_one_bit_for_bit(tmp_path):
     assert (about.recipe, about.classes, about.iteration) == (run.recipe, TRAIN_DATA.classes, 6)
     assert (
         about.best_miou
-        == run.best_miou
+        == run.progress.best_miou
         == max(entry["miou"] for entry in read_metrics(tmp_path) if entry["kind"] == "validation")
     )
 
@@ -211,15 +213,15 @@ def test_no_space_leaves_the_checkpoint_before_and_no_temporary_file(tmp_path, w
     run = resumed(folder)
     before = contents(folder)
     run.model.decoder.head.classify.bias.data.add_(1)
-    run.iteration = 7
+    run.progress.iteration = 7
     with no_file_above(limit_kib * 2**10):
         message = message_of(save_run, run)
     assert message.startswith(f"{folder}: the checkpoint of iteration 7 cannot be written (File too large); ")
     assert message.endswith("that of iteration 6 is kept: make room and go on with --resume")
     assert contents(folder) == before
-    assert resumed(folder).iteration == 6
+    assert resumed(folder).progress.iteration == 6
     save_run(run)  # room again
-    assert resumed(folder).iteration == 7
+    assert resumed(folder).progress.iteration == 7
     assert load(folder / LAST).model.decoder.head.classify.bias.min() > 0.5
 
 
@@ -262,8 +264,8 @@ def test_a_truncated_checkpoint_is_passed_over_and_the_run_ends_as_the_unbroken_
     state = folder / "checkpoints/iteration-000006/training.pt"
     state.write_bytes(state.read_bytes()[:1000])
     run = resumed(folder)
-    assert run.iteration == 4
-    assert run.warnings == [
+    assert run.progress.iteration == 4
+    assert run.progress.warnings == [
         f"{state.parent} is damaged (training.pt is not what was written) and skipped; "
         "going on from the one before it"
     ]
@@ -305,12 +307,12 @@ def test_another_seed_makes_other_weights(tmp_path, whole):
 
 @pytest.mark.parametrize("stop_after", [1, 4, 5])
 def test_a_stopped_and_resumed_run_ends_as_the_unbroken_one(tmp_path, whole, stop_after):
-    run = start_run(tiny_recipe(), tmp_path, **DATA)
-    *_, last = train(run, should_stop=lambda: run.iteration == stop_after)
+    run = start_run(tiny_recipe(), tmp_path, DATA)
+    *_, last = train(run, should_stop=lambda: run.progress.iteration == stop_after)
     assert last == Stopped(stop_after)
     assert read_checkpoint(tmp_path / LAST).iteration == stop_after
     again = resumed(tmp_path)
-    assert again.iteration == stop_after
+    assert again.progress.iteration == stop_after
     for _ in train(again):
         pass
     assert (tmp_path / LAST).read_bytes() == (whole / LAST).read_bytes()
@@ -323,8 +325,8 @@ def test_a_stopped_and_resumed_run_ends_as_the_unbroken_one(tmp_path, whole, sto
 
 
 def test_a_run_stopped_in_its_last_validation_is_validated_when_it_goes_on(tmp_path, whole):
-    run = start_run(tiny_recipe(), tmp_path, **DATA)
-    *_, last = train(run, should_stop=lambda: run.iteration == 6)
+    run = start_run(tiny_recipe(), tmp_path, DATA)
+    *_, last = train(run, should_stop=lambda: run.progress.iteration == 6)
     assert last == Stopped(6)
     events = list(train(resumed(tmp_path)))
     assert [event.iteration for event in events if isinstance(event, Validated)] == [6]
@@ -333,7 +335,7 @@ def test_a_run_stopped_in_its_last_validation_is_validated_when_it_goes_on(tmp_p
 
 def test_a_loss_that_stays_not_finite_stops_the_run_before_it_is_saved(tmp_path):
     recipe = tiny_recipe(learning_rate=1e30, warmup_iterations=0, max_skipped_steps=2)
-    run = start_run(recipe, tmp_path, **DATA)
+    run = start_run(recipe, tmp_path, DATA)
     with pytest.raises(UserError, match=r"^loss or gradient not finite in 3 steps in a row, 2 are allowed"):
         list(train(run))
     assert newest(tmp_path) is None

@@ -21,8 +21,8 @@ from segdeformer.kernels.choices import (
     switches,
 )
 from segdeformer.kernels.impl import calls_noted, choose_impl, choose_upsampling
-from segdeformer.kernels.races import decoder_races
 from segdeformer.kernels.tiles import Tile, choose_tile, size_class
+from segdeformer.kernels.tuning.cases import decoder_comparisons
 
 GPU = torch.device("cuda", 0)
 KIND = ("attention", 256, 256, 2, True)
@@ -108,9 +108,9 @@ def test_upsampling_is_asked_for_by_its_output(gpu):
     assert choose_upsampling("auto", "upsample_cross_entropy", logits, (512, 512)) == "strips"
 
 
-def test_the_decoder_s_races_leave_no_common_batch_without_an_answer():
+def test_the_decoder_s_comparisons_leave_no_common_batch_without_an_answer():
     """Maps of a 512x512 image at 1/4, also with keys reduced 4 times, and at 1/16; batches of a GPU."""
-    measured = [Choice(*race.key, 1.0, 2.0) for race in decoder_races(GPU)]
+    measured = [Choice(*comparison.key, 1.0, 2.0) for comparison in decoder_comparisons()]
     for num_pixels, num_keys in ((16384, 16384), (16384, 1024), (1024, 1024)):
         for batch in (2, 4, 8, 16):
             place = size_class(batch * num_pixels * num_keys)
@@ -162,7 +162,7 @@ def test_calls_are_noted_in_this_context_only():
 
 def test_choices_of_older_files_say_nothing_and_damaged_ones_are_made_again(gpu):
     old = dict(zip(("operation", "width", "value_width", "element_bytes", "training"), KIND, strict=True))
-    old |= {"triton_ms": 1.0, "sdpa_ms": 2.0}
+    old |= {"triton_ms": 1.0, "alternative_ms": 2.0}
     gpu.mkdir(parents=True)
     refused = choice(2**28, wins=True)._replace(triton_ms=math.inf)
     (gpu / "some_card.json").write_text(json.dumps({"choices": [old, refused.row()]}))
@@ -173,6 +173,17 @@ def test_choices_of_older_files_say_nothing_and_damaged_ones_are_made_again(gpu)
     auto_path("Some Card").write_text(json.dumps({"choices": [choice(2**20, wins=True).row()]}))
     forget_choices()
     assert measured_choices(GPU) == [refused, choice(2**20, wins=True)]
+
+
+def test_a_file_of_the_version_before_says_sdpa_ms_and_is_read(gpu):
+    new = choice(2**20, wins=True)
+    old = new.row()
+    old["sdpa_ms"] = old.pop("alternative_ms")
+    gpu.mkdir(parents=True)
+    (gpu / "some_card.json").write_text(json.dumps({"choices": [old]}))
+    assert measured_choices(GPU) == [new]
+    assert new.row()["alternative_ms"] == new.alternative_ms
+    forget_choices()
 
 
 def test_tiles_are_taken_by_size_too(gpu):

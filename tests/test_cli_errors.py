@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from segdeformer.cli.main import app
 from segdeformer.config import load_recipe, recipe_text
 from segdeformer.data.built_in import SyntheticDataset
-from segdeformer.engine import predict
-from segdeformer.engine.checkpoint import LAST, load, save_checkpoint
-from segdeformer.models.segmenter import build_model
+from segdeformer.inference import predict
+from segdeformer.weights.build import build_model
+from segdeformer.weights.checkpoint import LAST, load, save_checkpoint
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})
 ONE_STEP = ("--iterations", 1, "--batch", 3, "--workers", 0)

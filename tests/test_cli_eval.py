@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from segdeformer.cli.main import app
 from segdeformer.config import IGNORE_INDEX, DataConfig, load_recipe
 from segdeformer.data.built_in import SyntheticDataset
-from segdeformer.engine.checkpoint import BEST, LAST, load, save_checkpoint
-from segdeformer.models.segmenter import build_model
+from segdeformer.weights.build import build_model
+from segdeformer.weights.checkpoint import BEST, LAST, load, save_checkpoint
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})
 CLASSES = SyntheticDataset("val").classes

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from segdeformer.cli.main import app
 from segdeformer.config import load_recipe
 from segdeformer.data.built_in import SyntheticDataset
-from segdeformer.engine.checkpoint import load, save_checkpoint
-from segdeformer.models.segmenter import build_model
 from segdeformer.report.pictures import confidence_map, overlay
+from segdeformer.weights.build import build_model
+from segdeformer.weights.checkpoint import load, save_checkpoint
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})
 CLASSES = SyntheticDataset("val").classes

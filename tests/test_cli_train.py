@@ -21,16 +21,16 @@ from typer.testing import CliRunner
 
 from segdeformer.cli.main import app
 from segdeformer.cli.show import scores_line
-from segdeformer.cli.train_recipe import new_folder
 from segdeformer.config import load_recipe
 from segdeformer.data.built_in import SyntheticDataset
-from segdeformer.engine import runlog
-from segdeformer.engine.checkpoint import BEST, LAST, load, read_checkpoint, save_checkpoint
-from segdeformer.engine.evaluate import Tally, evaluate_images
-from segdeformer.engine.optimizer import learning_rate_at
-from segdeformer.engine.runlog import RunLog, read_metrics
-from segdeformer.engine.saves import newest, read_state, store
+from segdeformer.inference.evaluate import Tally, evaluate_images
 from segdeformer.report.sheet import write_sheet
+from segdeformer.training import runlog
+from segdeformer.training.optimizer import learning_rate_at
+from segdeformer.training.prepare import new_folder
+from segdeformer.training.runlog import RunLog, read_metrics
+from segdeformer.training.saves import newest, read_state, store
+from segdeformer.weights.checkpoint import BEST, LAST, load, read_checkpoint, save_checkpoint
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})
 CPU = torch.device("cpu")
@@ -138,9 +138,7 @@ def test_logged_scores_and_picture_are_those_of_the_best_checkpoint(finished, tm
     model, checkpoint = load(folder / BEST)
     recipe, data = checkpoint.recipe, SyntheticDataset("val")
     tally = Tally(data.classes)
-    results = list(
-        evaluate_images(model, data, tally, protocol=recipe.evaluate, data=recipe.data, device=CPU)
-    )
+    results = list(evaluate_images(model, data, tally, protocol=recipe.evaluate, data=recipe.data))
     report = tally.report()
     logged = [e for e in read_metrics(folder) if e["kind"] == "validation" and e["best"]][-1]
     assert (checkpoint.iteration, report.scores.miou, report.loss) == tuple(
@@ -174,7 +172,7 @@ def test_what_is_printed_says_what_was_changed_who_learns_how_fast_and_where_the
         f"decoder {total - encoder:,} 0.001 0.01",
         f"total {total:,}",
         "AdamW, batch 2, 4 iterations: linear warm-up over 1, then poly of power 1 to 0; "
-        "loss averaged over valid pixels",
+        "loss seg + 0.4 attn, averaged over valid pixels",
         f"picture: {folder}/validation.png",
         f"checkpoint: {folder}/{BEST}",
     ]

@@ -6,10 +6,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from segdeformer.config import load_recipe
-from segdeformer.kernels import upsample_launches, upsample_loss_strips  # noqa: F401 (operators)
 from segdeformer.kernels.attention import attention
 from segdeformer.kernels.external_attention import external_attention
-from segdeformer.models.segmenter import build_model
+from segdeformer.kernels.upsample import operator, strips  # noqa: F401 (operators)
+from segdeformer.weights.build import build_model
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,9 +39,9 @@ def test_a_whole_model_compiles_as_one_graph_and_not_anew_for_every_size():
 
 
 def test_gradients_flow_through_a_compiled_graph():
-    def loss(q, k, v, scores, middle):
+    def loss(q, k, v, scores, class_logits):
         return attention(q, k, v, scale=0.2, impl="triton").square().sum() + (
-            external_attention(scores, middle, scale=0.2, impl="triton").square().sum()
+            external_attention(scores, class_logits, scale=0.2, impl="triton").square().sum()
         )
 
     counter = CompileCounterWithBackend("aot_eager")
@@ -86,17 +86,17 @@ def test_the_operators_pass_pytorchs_own_checks():
     def leaf(*shape):
         return torch.randn(*shape, device=DEVICE, requires_grad=True)
 
-    for operator, inputs in [
+    for op, inputs in [
         (torch.ops.segdeformer.attention, (leaf(2, 35, 32), leaf(2, 20, 32), leaf(2, 20, 19))),
         (torch.ops.segdeformer.external_attention, (leaf(2, 35, 19), leaf(2, 35, 19))),
     ]:
-        torch.library.opcheck(operator.default, (*inputs, 0.2))
+        torch.library.opcheck(op.default, (*inputs, 0.2))
     labels = torch.randint(0, 19, (2, 9, 11), device=DEVICE)
     for logits in (leaf(2, 19, 4, 5), leaf(2, 4, 5, 23).permute(0, 3, 1, 2)[:, 2:21]):
-        for operator, options in [
+        for op, options in [
             (torch.ops.segdeformer.upsample_loss, (labels, None, 255, 0.0)),
             (torch.ops.segdeformer.upsample_loss_strips, (labels, None, 255, 0.0, True)),
             (torch.ops.segdeformer.upsample_argmax, (9, 11, True)),
             (torch.ops.segdeformer.upsample_argmax_strips, (9, 11, True)),
         ]:
-            torch.library.opcheck(operator.default, (logits, *options), test_utils=CHECKS)
+            torch.library.opcheck(op.default, (logits, *options), test_utils=CHECKS)

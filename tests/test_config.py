@@ -1,13 +1,22 @@
 """A recipe is read strictly: what is refused, and in which words."""
 
 import copy
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from segdeformer.config import load_recipe, parse_recipe, recipe_text, validate_recipe
+from segdeformer.config import (
+    ThirdPartyConfig,
+    change_recipe,
+    load_recipe,
+    parse_recipe,
+    recipe_text,
+    validate_recipe,
+)
+from segdeformer.config.changes import differences
 from segdeformer.errors import UsageError
 
 REMOVED = object()
@@ -75,7 +84,11 @@ def test_wrong_type_is_never_converted(path: str, value: Any, complaint: str) ->
         ("model.num_classes", 256, "Input should be less than or equal to 255; got 256"),
         ("model.head.dropout", 1.5, "Input should be less than or equal to 1; got 1.5"),
         ("train.learning_rate", float("nan"), "Input should be a finite number; got nan"),
-        ("model.fusion.kind", "mpl", "Input should be 'mlp', 'upernet', 'fpn', 'fapn' or 'peer'; got 'mpl'"),
+        (
+            "model.fusion.kind",
+            "mpl",
+            "Input should be 'mlp', 'upernet', 'fpn', 'fapn', 'third_party' or 'module:name'; got 'mpl'",
+        ),
         ("model.fusion.depth", 1, "Input should be greater than or equal to 2; got 1"),
         ("evaluate.mode", "sliding", "Input should be 'whole' or 'slide'; got 'sliding'"),
         ("reported", {"table": 9, "row": "x"}, "Input should be less than or equal to 8; got 9"),
@@ -118,8 +131,8 @@ def test_missing_key_is_named(path: str) -> None:
             ),
         ),
         (
-            {"train.class_weights": [1.0, 2.0]},
-            "train.class_weights has 2 values for model.num_classes 5",
+            {"train.losses": [{"name": "seg", "kind": "cross_entropy", "class_weights": [1.0, 2.0]}]},
+            "train.losses.0.class_weights has 2 values for model.num_classes 5",
         ),
         (
             {"model.fusion.width": 33, "model.context.internal.heads": 2},
@@ -186,3 +199,38 @@ def test_recipe_cannot_be_changed_after_it_was_read() -> None:
     recipe = load_recipe("synthetic")
     with pytest.raises(ValueError, match="frozen"):
         recipe.train.seed = 1
+
+
+def test_older_names_of_keys_are_read_and_mean_the_same() -> None:
+    values = tomllib.loads(recipe_text("synthetic"))
+    values["model"].pop("context")
+    train = values["train"]
+    term = train.pop("losses")[0]
+    train |= {"loss_average": "valid", "attention_loss_weight": 0.7, "label_smoothing": 0.1}
+    values["model"]["encoder"] = {"name": "test_vit", "taps": [0, 1, 2, 3]}
+    values["model"]["fusion"] = {"kind": "peer", "decoder": "DPT"}
+    recipe = validate_recipe(values, "older.toml")
+    assert recipe.model.encoder.out_indices == (0, 1, 2, 3)
+    assert recipe.model.fusion == ThirdPartyConfig(decoder="DPT")
+    assert [(t.name, t.of, t.weight) for t in recipe.train.losses] == [
+        ("seg", "logits", 1.0),
+        ("attn", "class_logits", 0.7),
+        ("aux", "auxiliary_logits", 0.4),
+    ]
+    assert all((t.average, t.label_smoothing) == ("valid", 0.1) for t in recipe.train.losses)
+    train["losses"] = [term]
+    complaint = "`train`: has `losses` and the older `loss_average`; move it into the terms of `losses`"
+    with pytest.raises(UsageError, match=re.escape(complaint)):
+        validate_recipe(values, "older.toml")
+
+
+def test_differences_go_into_tables_and_into_terms_by_their_names() -> None:
+    base = load_recipe("synthetic")
+    changed = change_recipe(base, iterations=base.train.iterations, seed=7)
+    assert differences(base.model_dump(), changed.model_dump()) == {"train.seed": (0, 7)}
+    seg, *others = base.train.losses
+    train = base.train.model_copy(update={"losses": (seg.model_copy(update={"weight": 2.0}), *others[1:])})
+    found = differences(base.model_dump(), base.model_copy(update={"train": train}).model_dump())
+    assert found["train.losses.seg.weight"] == (1.0, 2.0)
+    assert found["train.losses.attn"] == (others[0].model_dump(), None)
+    assert len(found) == 2

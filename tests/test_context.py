@@ -92,7 +92,7 @@ def test_external_attention_is_equations_6_and_7():
         32**-0.5,
     )
     y = module(x)
-    torch.testing.assert_close(y.middle_BNK, middle, atol=1e-12, rtol=0)
+    torch.testing.assert_close(y.class_logits_BNK, middle, atol=1e-12, rtol=0)
     torch.testing.assert_close(y.context_BNC, expected, atol=1e-12, rtol=0)
 
 
@@ -220,7 +220,7 @@ def test_table_5_switches():
 def test_middle_logits_stay_float32_in_half_precision():
     module = external(32, 5, "low_rank").to(torch.bfloat16)
     y = module(tokens(3, 3, 32)._replace(pixels_BNC=torch.randn(1, 9, 32, dtype=torch.bfloat16)))
-    assert y.middle_BNK.dtype == torch.float32
+    assert y.class_logits_BNK.dtype == torch.float32
     assert y.context_BNC.dtype == torch.bfloat16
 
 

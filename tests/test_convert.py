@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from segdeformer.bridge.imports import import_model
-from segdeformer.bridge.names import name_table
-from segdeformer.bridge.parity import check_parity
 from segdeformer.errors import UserError
 from segdeformer.models.segmenter import Segmenter
+from segdeformer.weights.imports import import_model
+from segdeformer.weights.names import name_table
+from segdeformer.weights.parity import check_parity
 
 
 def logits(model: Segmenter, images: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from segdeformer.bridge.exports import export_model
 from segdeformer.cli.main import app
 from segdeformer.config import EncoderConfig
-from segdeformer.engine.checkpoint import load
 from segdeformer.models.encoders import build_encoder
-from segdeformer.models.weights import load_encoder_weights
+from segdeformer.weights.checkpoint import load
+from segdeformer.weights.encoder import load_encoder_weights
+from segdeformer.weights.exports import export_model
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})
 

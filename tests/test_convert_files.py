@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from segdeformer.bridge.imports import Imported, import_model
 from segdeformer.config import recipe_text
 from segdeformer.data.classes import CLASS_TABLES, load_classes
 from segdeformer.errors import UserError
+from segdeformer.weights.imports import Imported, import_model
 
 
 def unused(imported: Imported) -> dict[str, str]:

@@ -12,8 +12,8 @@ from pathlib import Path
 import faulty
 import pytest
 
-from segdeformer.kernels import crew as crew_module
-from segdeformer.kernels.crew import Crew, Over, stage
+from segdeformer.kernels.tuning import crew as crew_module
+from segdeformer.kernels.tuning.crew import Crew, Over, stage
 
 
 def run(tasks, work=faulty.obey, *, patience_s=2.0, **options):
@@ -124,7 +124,7 @@ def test_whoever_waits_for_a_crew_takes_it_along(tmp_path, number):
             import sys
             from collections import deque
             import faulty
-            from segdeformer.kernels.crew import Crew
+            from segdeformer.kernels.tuning.crew import Crew
             if __name__ == "__main__":
                 with Crew(patience_s=1000) as crew:
                     for _, message in crew.run(faulty.obey, deque([("hangs",)])):

@@ -12,16 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from segdeformer.cli.train import choose_workers
 from segdeformer.data.built_in import SyntheticDataset
-from segdeformer.engine.checkpoint import LAST
-from segdeformer.engine.distributed import Processes, own_device
-from segdeformer.engine.evaluate import evaluate
-from segdeformer.engine.runlog import read_metrics
-from segdeformer.engine.saves import newest, read_state
-from segdeformer.engine.train import Options, start_run
+from segdeformer.data.samples import Splits
 from segdeformer.errors import LocalError, UsageError, UserError
-from segdeformer.models.segmenter import build_model
+from segdeformer.inference.evaluate import evaluate
+from segdeformer.runtime import Runtime, choose_runtime, default_workers
+from segdeformer.runtime.distributed import Processes, own_device
+from segdeformer.training.loop import Options, start_run
+from segdeformer.training.runlog import read_metrics
+from segdeformer.training.saves import newest, read_state
+from segdeformer.weights.build import build_model
+from segdeformer.weights.checkpoint import LAST
 
 ALONE, TOGETHER = "alone", "together"
 
@@ -120,10 +121,8 @@ def test_a_batch_that_cannot_be_shared_evenly_says_what_can(tmp_path):
         start_run(
             joined.recipe(iterations=1),
             tmp_path,
-            train_data=joined.TRAIN_DATA,
-            val_data=joined.VAL_DATA,
-            device=joined.CPU,
-            processes=Processes(0, 2),
+            Splits(joined.TRAIN_DATA, joined.VAL_DATA),
+            runtime=Runtime(processes=Processes(0, 2)),
             options=Options(accumulate=3),
         )
     assert str(caught.value) == (
@@ -137,16 +136,14 @@ def test_shares_of_a_model_need_more_processes(tmp_path):
         start_run(
             joined.recipe(iterations=1),
             tmp_path,
-            train_data=joined.TRAIN_DATA,
-            val_data=joined.VAL_DATA,
-            device=joined.CPU,
+            Splits(joined.TRAIN_DATA, joined.VAL_DATA),
             options=Options(shard=True),
         )
 
 
 def test_every_image_is_one_process_s(tmp_path):
     for size in (1, 2, 3, 7):
-        shares = [Processes(rank, size).share(11) for rank in range(size)]
+        shares = [Processes(rank, size).own_indices(11) for rank in range(size)]
         assert sorted(index for share in shares for index in share) == list(range(11))
 
 
@@ -162,8 +159,7 @@ def test_an_image_that_one_process_cannot_score_is_an_error_of_its_own(monkeypat
             joined.VAL_DATA,
             protocol=config.evaluate,
             data=config.data,
-            device=joined.CPU,
-            processes=Processes(1, 2),
+            runtime=Runtime(processes=Processes(1, 2)),
         )
 
 
@@ -184,6 +180,6 @@ def test_several_processes_cannot_have_one_gpu(monkeypatch):
 
 def test_loader_processes_are_shared_too(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(32), raising=False)
-    assert choose_workers(None, Processes(0, 1)) == 8
-    assert choose_workers(None, Processes(3, 8)) == 2
-    assert choose_workers(5, Processes(3, 8)) == 5
+    assert default_workers(1) == choose_runtime("cpu").workers == 8
+    assert default_workers(8) == 2
+    assert choose_runtime("cpu", workers=5).workers == 5

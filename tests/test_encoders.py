@@ -128,7 +128,7 @@ def test_a_flat_encoder_takes_the_blocks_asked_for():
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         spread = build("vit_tiny_patch16_224")(images)
-        chosen = build("vit_tiny_patch16_224", taps=(0, 2, 5, 8))(images)
+        chosen = build("vit_tiny_patch16_224", out_indices=(0, 2, 5, 8))(images)
     for ours, reference in zip(chosen[1:], spread[:3], strict=True):
         torch.testing.assert_close(ours, reference)
     assert build("test_vit").levels == (0, 2, 3, 5)
@@ -189,11 +189,11 @@ def test_drop_path_reaches_the_model_and_zero_means_none():
         ({"name": "resnet18.no_such_tag"}, "did you mean `resnet18."),
         ({"name": "xyzzy"}, "timm.list_models"),
         ({"name": "vgg11_bn", "drop_path": 0.1}, "`vgg11_bn` has no drop path; set it to 0"),
-        ({"name": "resnet18", "taps": (0, 1, 2, 3)}, "`resnet18` is a pyramid"),
-        ({"name": "test_vit", "taps": (1, 2, 3, 6)}, "must ascend and stay below the 6 blocks"),
-        ({"name": "test_vit", "taps": (3, 2, 1, 0)}, "must ascend"),
+        ({"name": "resnet18", "out_indices": (0, 1, 2, 3)}, "`resnet18` is a pyramid"),
+        ({"name": "test_vit", "out_indices": (1, 2, 3, 6)}, "must ascend and stay below the 6 blocks"),
+        ({"name": "test_vit", "out_indices": (3, 2, 1, 0)}, "must ascend"),
         ({"name": "mit_nano", "feature_norm": True}, "normalises its maps already"),
-        ({"name": "mit_nano", "taps": (0, 1, 2, 3)}, "`mit_nano` is a pyramid"),
+        ({"name": "mit_nano", "out_indices": (0, 1, 2, 3)}, "`mit_nano` is a pyramid"),
     ],
 )
 def test_wrong_recipes_are_refused_with_the_remedy(options, message):

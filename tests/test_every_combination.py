@@ -28,14 +28,14 @@ from segdeformer.config import (
     validate_recipe,
 )
 from segdeformer.data.built_in import SyntheticDataset
-from segdeformer.data.datasets import Sample, identity_map
-from segdeformer.engine.checkpoint import Checkpoint
-from segdeformer.engine.evaluate import evaluate, report_values
-from segdeformer.engine.losses import training_losses
-from segdeformer.engine.optimizer import build_optimizer, parameter_groups
-from segdeformer.engine.scorecard import write_scorecard
+from segdeformer.data.samples import Sample, identity_map
+from segdeformer.inference.evaluate import evaluate, report_values
+from segdeformer.inference.scorecard import write_scorecard
 from segdeformer.models.momentum import class_sums
-from segdeformer.models.segmenter import build_model
+from segdeformer.training.losses import build_terms, training_losses
+from segdeformer.training.optimizer import build_optimizer, parameter_groups
+from segdeformer.weights.build import build_model
+from segdeformer.weights.checkpoint import Checkpoint
 
 K = 5
 SIZES = [(64, 64), (65, 97)]
@@ -145,9 +145,10 @@ def assert_a_step_is_right(model, recipe, optimizer, size):
     output = model(images_B3HW)
     external = None if recipe.model.context is None else recipe.model.context.external
     assert (output.class_logits_BKhw is None) == (external is None or not external.attention_loss)
-    losses = training_losses(output, labels_BHW, recipe.train, None)
+    terms = build_terms(recipe.train.losses, K, device=torch.device("cpu"))
+    losses = training_losses(output, labels_BHW, terms)
     maps = [output.logits_BKhw, output.class_logits_BKhw, output.auxiliary_logits_BKhw]
-    weights = [1.0, recipe.train.attention_loss_weight, recipe.train.auxiliary_loss_weight]
+    weights = [term.weight for term in terms]
     expected = sum(
         weight * F.cross_entropy(up(logits, size), labels_BHW, ignore_index=IGNORE_INDEX)
         for weight, logits in zip(weights, maps, strict=True)
@@ -181,7 +182,7 @@ def assert_tokens_are_class_means(tokens, fused_BChw, labels_BHW):
 def assert_score_is_right(model, recipe, folder):
     """The report is that of full-size float64 logits, and its JSON reads back."""
     data, images = recipe.data.model_copy(update={"mean": MEAN, "std": STD}), TwoImages()
-    report = evaluate(model, images, protocol=recipe.evaluate, data=data, device=torch.device("cpu"))
+    report = evaluate(model, images, protocol=recipe.evaluate, data=data)
     loss = wrong = 0
     for index, size in enumerate(SIZES):
         sample = images.read(index)
@@ -211,7 +212,7 @@ def assert_score_is_right(model, recipe, folder):
 
 # Tables 4, 5 and 6: every switch is a plain field of the recipe.
 
-PAPER = tomllib.loads(resources.files("segdeformer").joinpath("paper.toml").read_text("utf-8"))
+PAPER = tomllib.loads(resources.files("segdeformer.paper").joinpath("paper.toml").read_text("utf-8"))
 ROWS = [(t["number"], row) for t in PAPER["tables"] if t["number"] in (4, 5, 6) for row in t["rows"]]
 B1 = load_recipe("ade20k-segformer-b1").model_copy(update={"reported": None})
 WIDTH, CLASSES = 256, 150

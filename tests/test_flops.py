@@ -17,8 +17,8 @@ from segdeformer.config import (
 from segdeformer.kernels.attention import attention
 from segdeformer.kernels.external_attention import external_attention
 from segdeformer.measure.flops import flop_counter, model_flops, printed_flops
-from segdeformer.models.segmenter import build_model
 from segdeformer.models.skeleton import build_skeleton
+from segdeformer.weights.build import build_model
 
 IMPLS = ["auto", "sdpa", "blocks", "reference", "triton"]
 BOTH = {"internal": InternalConfig(), "external": ExternalConfig()}
@@ -130,9 +130,9 @@ def test_every_implementation_of_attention_counts_its_two_products(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_every_implementation_of_external_attention_counts_its_two_products(impl):
     torch.manual_seed(0)
-    scores, middle = torch.randn(2, 35, 7), torch.randn(2, 35, 7)
+    scores, class_logits = torch.randn(2, 35, 7), torch.randn(2, 35, 7)
     with flop_counter() as counter, torch.no_grad():
-        external_attention(scores, middle, scale=0.25, impl=impl)
+        external_attention(scores, class_logits, scale=0.25, impl=impl)
     assert counter.get_total_flops() == 2 * 2 * attended(35, 35, 7, 7)
 
 

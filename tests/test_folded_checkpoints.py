@@ -15,9 +15,9 @@ import segdeformer
 from segdeformer.cli.main import app
 from segdeformer.config import ContextConfig, EncoderConfig, ExternalConfig, load_recipe
 from segdeformer.data.built_in import SyntheticDataset
-from segdeformer.engine.checkpoint import LAST, METADATA_KEY, load, read_checkpoint, save_checkpoint
 from segdeformer.errors import UsageError, UserError
-from segdeformer.models.segmenter import build_model
+from segdeformer.weights.build import build_model
+from segdeformer.weights.checkpoint import LAST, METADATA_KEY, load, read_checkpoint, save_checkpoint
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})
 FOLDED_LINE = "folded for inference: the same logits by one linear layer and narrower attention\n"

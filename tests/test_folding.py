@@ -19,8 +19,8 @@ from segdeformer.config import (
     MLPFusionConfig,
     ModelConfig,
 )
-from segdeformer.engine.inference import predict_strips
 from segdeformer.errors import UsageError
+from segdeformer.inference.views import predict_strips
 from segdeformer.models import folding
 from segdeformer.models.batch_norms import fused_encoder
 from segdeformer.models.encoders import TimmEncoder, build_encoder
@@ -200,7 +200,7 @@ def test_one_linear_layer_feeds_both_attentions_with_aligned_views(num_classes, 
         return attend_external(scores, middle, **options)
 
     attend, attend_external = folding.attention, folding.external_attention
-    monkeypatch.setattr(folding, "attention", watched)
+    monkeypatch.setattr("segdeformer.models.context.attention", watched)
     monkeypatch.setattr(folding, "external_attention", watched_external)
     with torch.no_grad():
         apart = folded(images()).logits_BKhw  # as on a CPU, part by part

@@ -91,7 +91,7 @@ def test_a_contender_that_goes_wrong_is_named_and_the_others_are_timed_without_i
     row = row._replace(width=16, value_width=16)
     faults = {"ours (triton)": "hangs", "sdpa math": "is killed", "textbook eager": "raises"}
     measure = functools.partial(faulty_kernels.compare_with_faults, faults)
-    left = phases.measure_rows(session, "rows", {row.name: row}, measure, summary=kernels.summary)
+    left = phases.measure_rows(session, "rows", {row.name: row}, measure)
     assert left == 0
     entry = json.loads(session.records.path.read_text())["rows"][row.name]
     refused = {name: c["refused"] for name, c in entry["contenders"].items() if "refused" in c}
@@ -108,7 +108,7 @@ def test_a_row_that_breaks_is_tried_once_more_in_the_next_run_after_the_others(s
     bad, good = rows
     found = session.records.section("rows")
     broken = functools.partial(faulty_kernels.compare_with_faults, {"": "exits"})
-    run = functools.partial(phases.measure_rows, session, "rows", summary=lambda name, entry: name)
+    run = functools.partial(phases.measure_rows, session, "rows", describe=lambda name, entry: name)
     assert run({bad: rows[bad]}, broken) == 0
     assert found[bad] == {"skipped": "exact results: its process ended with code 3", "tries": 1}
     capsys.readouterr()
@@ -124,7 +124,7 @@ def test_a_row_that_breaks_is_tried_once_more_in_the_next_run_after_the_others(s
 def test_a_row_is_measured_again_when_its_tiles_have_changed(session, capsys):
     rows = {row.name: row for row in kernels.first_rows(session.machine)[2:4]}
     run = functools.partial(
-        phases.measure_rows, session, "rows", rows, faulty_kernels.quick, summary=lambda name, entry: name
+        phases.measure_rows, session, "rows", rows, faulty_kernels.quick, describe=lambda name, entry: name
     )
     old, new = (dict.fromkeys(rows.values(), "tiles") for _ in range(2))
     changed = list(rows)[1]
@@ -234,7 +234,7 @@ def test_queued_is_the_devices_time_and_eager_has_the_hosts_too(monkeypatch):
     assert found["slow device"].eager_ms == pytest.approx(0.91)
 
 
-def test_the_rival_of_a_goal_is_the_fastest_sdpa_of_either_form():
+def test_the_alternative_of_a_goal_is_the_fastest_sdpa_of_either_form():
     def row(low_rank_ms):
         names = {"ours (triton)": 1.0, "sdpa flash": 2.0, "sdpa cudnn, low rank": low_rank_ms}
         return {
@@ -246,19 +246,23 @@ def test_the_rival_of_a_goal_is_the_fastest_sdpa_of_either_form():
             "contenders": {name: {"form": "", "ms": ms} for name, ms in names.items()},
         }
 
-    for low_rank_ms, rival, verdict in (
+    for low_rank_ms, alternative, verdict in (
         (1.25, "sdpa cudnn, low rank", "not met"),
         (3.0, "sdpa flash", "met"),
     ):
         goal = report.goals({"rows": {"row": row(low_rank_ms)}})[0]
-        assert (goal.rival, goal.measured, goal.verdict) == (rival, min(low_rank_ms, 2.0), verdict)
+        assert (goal.alternative, goal.measured, goal.verdict) == (
+            alternative,
+            min(low_rank_ms, 2.0),
+            verdict,
+        )
         table = {"rows": {"row": row(low_rank_ms)}, "hardware": {"name": "a GPU"}}
-        assert f"| {goal.measured:.2f} ({rival}) | {verdict} |" in report.goals_lines(table)[2]
+        assert f"| {goal.measured:.2f} ({alternative}) | {verdict} |" in report.goals_lines(table)[2]
     decoder = {"folded": 1.0, "sdpa, unfolded": 2.0, "sdpa, unfolded, low rank": 1.5}
     entries = {name: {"ms": ms} for name, ms in decoder.items()}
     found = report.goals({"decoder": {"256, 150, inference": {"contenders": entries}}})
     (goal,) = (goal for goal in found if "SDPA, plain or low rank, unfolded" in goal.text)
-    assert (goal.measured, goal.rival) == (1.5, "sdpa, unfolded, low rank")
+    assert (goal.measured, goal.alternative) == (1.5, "sdpa, unfolded, low rank")
 
 
 def test_there_are_rows_for_few_keys_and_for_small_maps():

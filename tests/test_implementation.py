@@ -10,15 +10,17 @@ import pytest
 import torch
 
 from segdeformer.config import EvalConfig, load_recipe
-from segdeformer.engine import implementation
-from segdeformer.engine.implementation import inference_calls, open_races, settle_impl, training_calls
-from segdeformer.kernels import comparing, race_steps
 from segdeformer.kernels.attention import attention
 from segdeformer.kernels.choices import Choice, auto_path, forget_choices, measured_choices
-from segdeformer.kernels.crew import Over
 from segdeformer.kernels.impl import Call, choose_impl
-from segdeformer.kernels.races import Fought, Race
-from segdeformer.models.segmenter import build_model
+from segdeformer.kernels.tuning import cases
+from segdeformer.kernels.tuning import comparison as comparing
+from segdeformer.kernels.tuning.comparison import Compared, Comparison
+from segdeformer.kernels.tuning.crew import Over
+from segdeformer.measure import implementation
+from segdeformer.measure.implementation import inference_calls, open_comparisons, settle_impl, training_calls
+from segdeformer.runtime import Runtime
+from segdeformer.weights.build import build_model
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 CALL = Call("attention", 256, 256, 2, False, 1, (16384,), (1024,))
@@ -33,10 +35,12 @@ def card(monkeypatch, tmp_path):
     monkeypatch.setattr(implementation, "can_compare", lambda device: True)
     state = SimpleNamespace(compared=[], answers={}, path=auto_path("Some Card"))
 
-    def compare(races, device):
-        state.compared.append([race.operation for race in races])
+    def compare(comparisons, device):
+        state.compared.append([comparison.operation for comparison in comparisons])
         return {
-            race: state.answers[race.operation](race) for race in races if race.operation in state.answers
+            comparison: state.answers[comparison.operation](comparison)
+            for comparison in comparisons
+            if comparison.operation in state.answers
         }
 
     monkeypatch.setattr(implementation, "_compare", compare)
@@ -45,17 +49,17 @@ def card(monkeypatch, tmp_path):
     forget_choices()
 
 
-def times(triton_ms, sdpa_ms):
-    return lambda race: Fought(race, Choice(*race.key, triton_ms, sdpa_ms), {})
+def times(triton_ms, alternative_ms):
+    return lambda comparison: Compared(comparison, Choice(*comparison.key, triton_ms, alternative_ms), {})
 
 
 def refused(reason):
-    return lambda race: Fought(race, Choice(*race.key, math.inf, 1.0), {"triton": reason})
+    return lambda comparison: Compared(comparison, Choice(*comparison.key, math.inf, 1.0), {"triton": reason})
 
 
 def settle(calls, *, about="a model", impl="auto", device=GPU):
     said = []
-    settle_impl(impl, device, lambda: calls, about={"model": about}, say=said.append)
+    settle_impl(Runtime(device, impl), lambda: calls, about={"model": about}, say=said.append)
     return said
 
 
@@ -92,9 +96,9 @@ def test_a_settled_model_is_not_even_asked_for_its_calls(card):
     def fail():
         raise AssertionError("asked")
 
-    settle_impl("auto", GPU, fail, about={"model": "a model"}, say=print)
+    settle_impl(Runtime(GPU), fail, about={"model": "a model"}, say=print)
     with pytest.raises(AssertionError):
-        settle_impl("auto", GPU, fail, about={"model": "another"}, say=print)
+        settle_impl(Runtime(GPU), fail, about={"model": "another"}, say=print)
 
 
 @pytest.mark.parametrize(("impl", "device"), [("sdpa", GPU), ("triton", GPU), ("auto", CPU)])
@@ -149,7 +153,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_costs_nothing_else(card, tmp
 
 def test_a_choice_of_the_tuner_comes_first(card):
     card.path.parent.mkdir(parents=True)
-    tuned = Choice(*Race.of(CALL).key, 3.0, 1.0)
+    tuned = Choice(*Comparison.of(CALL).key, 3.0, 1.0)
     (card.path.parent / "some_card.json").write_text(json.dumps({"choices": [tuned.row()]}))
     card.answers = {"attention": times(1.0, 2.0)}
     assert settle([CALL]) == []
@@ -159,9 +163,9 @@ def test_a_choice_of_the_tuner_comes_first(card):
 
 def test_float32_attention_and_widths_without_a_kernel_are_not_compared():
     calls = [CALL._replace(element_bytes=4), CALL._replace(width=600), CALL]
-    assert [race.element_bytes for race in open_races(calls, [])] == [2]
+    assert [comparison.element_bytes for comparison in open_comparisons(calls, [])] == [2]
     loss = Call("upsample_cross_entropy", 19, 19, 4, True, 2, (16, 16), (64, 64))
-    assert len(open_races([loss, loss._replace(batch=3)], [])) == 1  # of one size class
+    assert len(open_comparisons([loss, loss._replace(batch=3)], [])) == 1  # of one size class
 
 
 @pytest.mark.parametrize("fold", [False, True])
@@ -215,15 +219,15 @@ class HereAndNow:
         pass
 
 
-SMALL = [Race("attention", 32, 19, 2, False, 40, keys) for keys in (30, 20, 10)]
+SMALL = [Comparison("attention", 32, 19, 2, False, 40, keys) for keys in (30, 20, 10)]
 
 
-def test_the_longest_races_come_first_and_stop_in_time():
-    fought = list(comparing.compare(SMALL[::-1], CPU, seconds=10.0, crew=HereAndNow()))
-    assert [f.race for f in fought] == SMALL[:2]  # the first four seconds went into compiling
-    for result in fought:
+def test_the_longest_comparisons_come_first_and_stop_in_time():
+    compared = list(comparing.compare(SMALL[::-1], CPU, seconds=10.0, crew=HereAndNow()))
+    assert [f.comparison for f in compared] == SMALL[:2]  # the first four seconds went into compiling
+    for result in compared:
         assert result.refusals == {}
-        assert result.choice.size == 40 * result.race.num_keys
+        assert result.choice.size == 40 * result.comparison.num_keys
         assert 0 < result.choice.triton_ms < math.inf
 
 
@@ -235,7 +239,7 @@ def test_a_wrong_kernel_loses_its_comparison(monkeypatch):
             out[0, 3] += 1
         return out
 
-    monkeypatch.setattr(race_steps, "attention", one_row_off)
-    (fought,) = comparing.compare(SMALL[:1], CPU, seconds=100.0, crew=HereAndNow())
-    assert fought.refusals["triton"].startswith("wrong: worst row off by")
-    assert not fought.choice.triton_wins
+    monkeypatch.setattr(cases, "attention", one_row_off)
+    (compared,) = comparing.compare(SMALL[:1], CPU, seconds=100.0, crew=HereAndNow())
+    assert compared.refusals["triton"].startswith("wrong output: worst row off by")
+    assert not compared.choice.triton_wins

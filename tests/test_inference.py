@@ -8,14 +8,15 @@ from torch import nn
 
 from segdeformer.config import DataConfig, EvalConfig
 from segdeformer.data.classes import ClassTable
-from segdeformer.data.datasets import Sample
+from segdeformer.data.samples import Sample
 from segdeformer.data.transforms import resize_for_eval
-from segdeformer.engine import inference
-from segdeformer.engine.evaluate import Tally, evaluate_images
-from segdeformer.engine.inference import Window, predict_strips, sliding_windows
-from segdeformer.engine.predict import predict_image
-from segdeformer.kernels import rows as rows_module
+from segdeformer.inference import views as inference
+from segdeformer.inference.evaluate import Tally, evaluate_images
+from segdeformer.inference.predict import predict_image
+from segdeformer.inference.views import Window, predict_strips, sliding_windows
+from segdeformer.kernels.upsample import rows as rows_module
 from segdeformer.models.segmenter import SegOutput
+from segdeformer.runtime import Runtime
 
 DATA = DataConfig(name="synthetic")
 CPU = torch.device("cpu")
@@ -140,7 +141,7 @@ def test_fused_upsampling_counts_and_sums_as_strips_do(size):
     tallies, predictions = {}, {}
     for impl in ("sdpa", "triton"):
         tallies[impl] = Tally(data.classes)
-        options = {"protocol": EvalConfig(), "data": DATA, "device": CPU, "impl": impl}
+        options = {"protocol": EvalConfig(), "data": DATA, "runtime": Runtime(impl=impl)}
         (result,) = evaluate_images(model, data, tallies[impl], **options)
         assert result.ids.dtype == np.uint8
         predictions[impl] = predict_image(model, pixels, **options)
@@ -154,8 +155,9 @@ def test_fused_upsampling_counts_and_sums_as_strips_do(size):
     np.testing.assert_allclose(
         predictions["sdpa"].confidence_HW, predictions["triton"].confidence_HW, atol=1e-5
     )
-    several = {"protocol": EvalConfig(flip=True), "data": DATA, "device": CPU}
-    mirrored = [predict_image(model, pixels, impl=impl, **several) for impl in ("sdpa", "triton")]
+    several = {"protocol": EvalConfig(flip=True), "data": DATA}
+    runtimes = Runtime(impl="sdpa"), Runtime(impl="triton")
+    mirrored = [predict_image(model, pixels, runtime=runtime, **several) for runtime in runtimes]
     assert (mirrored[0].ids_HW == mirrored[1].ids_HW).all()  # nothing to fuse: both in strips
 
 

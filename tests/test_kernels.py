@@ -1,15 +1,18 @@
 """The operations against float64 definitions written out here, with odd sizes."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
 from budget import assert_no_worse, random
 
+from segdeformer import kernels
 from segdeformer.kernels.attention import attention, attention_reference
-from segdeformer.kernels.attention_blocks import attention_blocks
+from segdeformer.kernels.attention.blocks import attention_blocks
 from segdeformer.kernels.external_attention import external_attention, external_attention_reference
-from segdeformer.kernels.rows import mix_rows, source_rows
-from segdeformer.kernels.upsample_cross_entropy import upsample_cross_entropy
+from segdeformer.kernels.upsample.cross_entropy import upsample_cross_entropy
+from segdeformer.kernels.upsample.rows import mix_rows, source_rows
 
 SIZES = [(1, 1, 19, 19), (17, 63, 32, 32), (200, 17, 64, 19), (63, 200, 19, 64), (128, 1, 150, 32)]
 
@@ -91,12 +94,12 @@ def test_attention_says_which_shapes_disagree(shapes, message):
 @pytest.mark.parametrize("num_classes", [2, 19, 150])
 @pytest.mark.parametrize("num_pixels", [1, 63, 200])
 def test_external_attention_is_two_softmaxes_around_p(num_pixels, num_classes):
-    scores, middle = random(2, num_pixels, num_classes), random(2, num_pixels, num_classes, seed=1)
-    p = middle.double().softmax(-1)
+    scores, class_logits = random(2, num_pixels, num_classes), random(2, num_pixels, num_classes, seed=1)
+    p = class_logits.double().softmax(-1)
     oracle = ((scores.double() @ p.transpose(1, 2)) * 0.2).softmax(-1) @ p
-    eager = external_attention_reference(scores, middle, scale=0.2)
+    eager = external_attention_reference(scores, class_logits, scale=0.2)
     assert_no_worse(eager, eager, oracle)
-    ours = external_attention(scores, middle, scale=0.2, impl="sdpa")
+    ours = external_attention(scores, class_logits, scale=0.2, impl="sdpa")
     assert_no_worse(ours, eager, oracle)
     torch.testing.assert_close(ours.sum(-1), torch.ones(2, num_pixels), atol=1e-5, rtol=0)  # convex
 
@@ -148,3 +151,17 @@ def test_strips_of_rows_equal_the_whole_resize(size, full):
     strips = [mix_rows(values, source.between(top, top + 7), full[1]) for top in range(0, full[0], 7)]
     eager = F.interpolate(values, full, mode="bilinear", align_corners=False)
     assert_no_worse(torch.cat(strips, 2), eager, whole)  # float32 coordinates cost PyTorch up to 3e-5 too
+
+
+def test_the_package_gives_the_operations_as_functions_by_the_names_of_the_field():
+    names = (
+        "attention",
+        "external_attention",
+        "upsample_argmax",
+        "upsample_confusion",
+        "upsample_cross_entropy",
+    )
+    assert sorted(kernels.__all__) == sorted(names)
+    assert all(inspect.isfunction(getattr(kernels, name)) for name in names)
+    loss = inspect.signature(kernels.upsample_cross_entropy).parameters
+    assert {"class_weights", "ignore_index", "label_smoothing", "average", "impl"} <= set(loss)

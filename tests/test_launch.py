@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from segdeformer.cli.errors import is_silent
 from segdeformer.cli.stopping import Interrupted, answered_signals, ended_by_signals, stop_request
 from segdeformer.config import load_recipe, recipe_toml
-from segdeformer.engine.runlog import read_metrics
-from segdeformer.engine.saves import newest
 from segdeformer.errors import ElsewhereError, LocalError, UserError
+from segdeformer.training.runlog import read_metrics
+from segdeformer.training.saves import newest
 
 SECONDS_TO_START = 120
 

@@ -13,8 +13,8 @@ import torch
 
 from segdeformer.config import AugmentConfig, DataConfig, EncoderConfig, ModelConfig, Recipe, TrainConfig
 from segdeformer.data.built_in import SyntheticDataset
-from segdeformer.data.datasets import Sample
 from segdeformer.data.loader import Batch, generator, sample_index, training_batch, training_batches
+from segdeformer.data.samples import Sample
 from segdeformer.data.transforms import augment
 from segdeformer.errors import UserError
 

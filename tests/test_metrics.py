@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from segdeformer.engine.metrics import ConfusionMatrix
+from segdeformer.inference.metrics import ConfusionMatrix
 
 
 def test_scores_of_a_matrix_worked_out_by_hand():

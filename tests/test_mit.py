@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 
 from segdeformer.models.mit import MIT_SIZES, NORM_EPS, Block, DropPath, MiT
-from segdeformer.models.weights import export_encoder_weights, load_encoder_weights
+from segdeformer.weights.encoder import export_encoder_weights, load_encoder_weights
 
 
 def random_mit(name: str) -> MiT:

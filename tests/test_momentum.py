@@ -19,10 +19,11 @@ from segdeformer.config import (
     recipe_toml,
 )
 from segdeformer.data.built_in import SyntheticDataset
-from segdeformer.engine.checkpoint import load, save_checkpoint
 from segdeformer.errors import UsageError
 from segdeformer.models.momentum import ClassSums, MomentumTokens, class_sums, summed_over_processes
-from segdeformer.models.segmenter import build_decoder, build_model
+from segdeformer.models.segmenter import build_decoder
+from segdeformer.weights.build import build_model
+from segdeformer.weights.checkpoint import load, save_checkpoint
 
 K, C, IGNORED = 6, 5, 255
 SHARE = 0.25

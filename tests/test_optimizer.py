@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from segdeformer.config import TrainConfig, load_recipe
-from segdeformer.engine.optimizer import (
+from segdeformer.training.optimizer import (
     build_optimizer,
     learning_rate_at,
     parameter_groups,
     set_learning_rate,
 )
-from segdeformer.models.segmenter import build_model
+from segdeformer.weights.build import build_model
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from segdeformer.cli.main import app
 from segdeformer.config import DataConfig
-from segdeformer.data import prepare
 from segdeformer.data.datasets import open_dataset
 from segdeformer.data.images import read_labels, write_png
+from segdeformer.data.published import prepare
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})
 

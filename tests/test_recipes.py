@@ -20,7 +20,7 @@ from segdeformer.config import (
 )
 
 PACKAGE = resources.files("segdeformer")
-PAPER = tomllib.loads(PACKAGE.joinpath("paper.toml").read_text("utf-8"))
+PAPER = tomllib.loads(PACKAGE.joinpath("paper/paper.toml").read_text("utf-8"))
 SHIPPED = {n: PACKAGE.joinpath("recipes", f"{n}.toml").read_text("utf-8") for n in recipe_names()}
 OF_THE_PAPER = [name for name, text in SHIPPED.items() if "reported" in tomllib.loads(text)]
 FIGURES = ("miou", "miou_multi_scale", "params_millions")
@@ -112,8 +112,12 @@ def test_paper_recipe_has_the_published_optimiser(name: str) -> None:
     assert (train.warmup_iterations, train.warmup_ratio) == (1500, 1e-6)
     assert (train.poly_power, train.min_learning_rate) == (1.0, 0.0)
     assert train.iterations == 160_000
-    assert (train.loss_average, train.class_weights, train.label_smoothing) == ("all", None, 0.0)
-    assert (train.attention_loss_weight, train.auxiliary_loss_weight) == (0.4, 0.4)
+    assert [(term.name, term.of, term.weight) for term in train.losses] == [
+        ("seg", "logits", 1.0),
+        ("attn", "class_logits", 0.4),
+        ("aux", "auxiliary_logits", 0.4),
+    ]
+    assert all((t.average, t.class_weights, t.label_smoothing) == ("all", None, 0.0) for t in train.losses)
 
 
 @pytest.mark.parametrize("name", OF_THE_PAPER)

@@ -15,10 +15,10 @@ from limits import no_file_above
 from safetensors.torch import save_file
 
 from segdeformer import files
-from segdeformer.engine import saves
-from segdeformer.engine.checkpoint import LAST
-from segdeformer.engine.saves import held, newest, read_state, store, tidy
 from segdeformer.errors import UserError
+from segdeformer.training import saves
+from segdeformer.training.saves import held, newest, read_state, store, tidy
+from segdeformer.weights.checkpoint import LAST
 
 
 def model_of(iteration: int) -> bytes:
@@ -276,7 +276,7 @@ def test_a_full_disk_under_safetensors_is_told_in_the_same_words(tmp_path):
 def save_weights(path: Path) -> None:
     from safetensors import SafetensorError
 
-    from segdeformer.engine.checkpoint import _system_error
+    from segdeformer.weights.checkpoint import _system_error
 
     with files.replacing(path) as aside:
         try:

@@ -8,26 +8,26 @@ import pytest
 import torch
 from torch import nn
 
-from segdeformer.config import Recipe, load_recipe
+from segdeformer.config import Recipe, TrainConfig, load_recipe
 from segdeformer.data.built_in import SyntheticDataset
-from segdeformer.engine import step as step_module
-from segdeformer.engine.losses import training_losses
-from segdeformer.engine.optimizer import parameter_groups
-from segdeformer.engine.run import Options, Run, resume_run, start_run
-from segdeformer.engine.runlog import read_metrics
-from segdeformer.engine.step import gradient_norm
-from segdeformer.engine.train import Skipped, Step, train
+from segdeformer.data.samples import Splits
 from segdeformer.errors import UsageError, UserError
 from segdeformer.models import segmenter
 from segdeformer.models.placed_dropout import PlacedDropout, place_dropouts
-from segdeformer.models.segmenter import build_model
+from segdeformer.training import step as step_module
+from segdeformer.training.loop import Skipped, Step, train
+from segdeformer.training.losses import training_losses
+from segdeformer.training.optimizer import parameter_groups
+from segdeformer.training.run import Options, Run, resume_run, start_run
+from segdeformer.training.runlog import read_metrics
+from segdeformer.training.step import gradient_norm
+from segdeformer.weights.build import build_model
 
 CPU = torch.device("cpu")
-DATA = {
-    "train_data": SyntheticDataset("train", num_images=7, size_hw=(49, 63)),
-    "val_data": SyntheticDataset("val", num_images=1, size_hw=(33, 41)),
-    "device": CPU,
-}
+DATA = Splits(
+    SyntheticDataset("train", num_images=7, size_hw=(49, 63)),
+    SyntheticDataset("val", num_images=1, size_hw=(33, 41)),
+)
 
 
 def recipe(*, encoder: str = "mit_nano", **changes: object) -> Recipe:
@@ -38,13 +38,13 @@ def recipe(*, encoder: str = "mit_nano", **changes: object) -> Recipe:
         update={
             "model": base.model.model_copy(update={"encoder": given}),
             "augment": base.augment.model_copy(update={"crop": (40, 48)}),
-            "train": base.train.model_copy(update=config),
+            "train": TrainConfig.model_validate(base.train.model_dump(exclude={"losses"}) | config),
         }
     )
 
 
 def started(folder, options: Options | None = None, **changes: object) -> Run:
-    return start_run(recipe(**changes), folder, options=options, **DATA)
+    return start_run(recipe(**changes), folder, DATA, options=options or Options())
 
 
 def steps(run: Run) -> list[Step]:
@@ -76,7 +76,7 @@ def without_batch_norm(monkeypatch):
                     setattr(parent, name, ChannelScale(child.num_features))
         return model
 
-    monkeypatch.setattr("segdeformer.engine.run.build_model", build)
+    monkeypatch.setattr("segdeformer.training.run.build_model", build)
 
 
 # Parts of a batch.
@@ -88,10 +88,10 @@ def test_accumulated_parts_learn_what_the_whole_batch_does(tmp_path, without_bat
     settings = {"loss_average": average, "class_weights": (0.5, 1.0, 2.0, 3.0, 1.5)}
     whole = started(tmp_path / "whole", **settings)
     parts = started(tmp_path / "parts", Options(accumulate=4), **settings)
-    assert (whole.part_size, parts.part_size) == (4, 1)
+    assert (whole.micro_batch_size, parts.micro_batch_size) == (4, 1)
     for ours, theirs in zip(steps(parts), steps(whole), strict=True):
         assert ours.losses.total.item() == pytest.approx(theirs.losses.total.item(), abs=1e-6)
-        assert ours.losses.attention.item() == pytest.approx(theirs.losses.attention.item(), abs=1e-6)
+        assert ours.losses.terms["attn"].item() == pytest.approx(theirs.losses.terms["attn"].item(), abs=1e-6)
     theirs = whole.model.state_dict()
     for name, value in parts.model.state_dict().items():
         torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-5, msg=name)
@@ -113,7 +113,7 @@ def test_every_image_has_its_own_drop_path_in_whatever_part_it_is(tmp_path):
     assert all(value == 0.0 or value == pytest.approx(1 / 0.7) for value in whole)
 
 
-def test_a_peer_s_dropout_of_elements_is_placed_but_not_an_encoder_s():
+def test_a_third_party_model_s_dropout_of_elements_is_placed_but_not_an_encoder_s():
     model = nn.Module()
     model.encoder, model.decoder = (nn.Sequential(nn.Dropout(rate), nn.Dropout(0.5)) for rate in (0.5, 0.0))
     place_dropouts(model)
@@ -156,11 +156,11 @@ def test_averaged_weights_follow_the_formula_are_scored_and_go_on_after_a_resume
             states.append({name: value.clone() for name, value in run.ema.module.state_dict().items()})
     for name, parameter in run.ema.module.named_parameters():
         torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-6, atol=1e-8)
-    from segdeformer.engine.checkpoint import BEST, load
+    from segdeformer.weights.checkpoint import BEST, load
 
     best = load(tmp_path / BEST).model.state_dict()
     assert all(torch.equal(best[name], value) for name, value in states[-1].items())
-    again = resume_run(run.recipe, tmp_path, **DATA)
+    again = resume_run(run.recipe, tmp_path, DATA)
     for name, value in again.ema.module.state_dict().items():
         assert torch.equal(value, states[-1][name]), name
 
@@ -251,7 +251,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_learns(tmp_p
     assert not torch.equal(
         states[3]["decoder.head.classify.weight"], states[2]["decoder.head.classify.weight"]
     )
-    assert run.num_skipped_steps == 1
+    assert run.progress.num_skipped_steps == 1
     noted = [entry for entry in read_metrics(tmp_path) if entry["kind"] == "skipped"]
     assert [entry["iteration"] for entry in noted] == [2]
 
@@ -268,8 +268,8 @@ def test_one_fault_too_many_ends_the_run_with_what_there_is_to_know(tmp_path, mo
     )
     assert re.search(r", losses before \d\.\d+, \d\.\d+, \d\.\d+, images train0004, ", message)
     assert ", images train0004, train0005, train0004, train0006; start anew" in message
-    again = resume_run(run.recipe, tmp_path, **DATA)
-    assert again.iteration == 3
+    again = resume_run(run.recipe, tmp_path, DATA)
+    assert again.progress.iteration == 3
     assert all(value.isfinite().all() for value in again.model.state_dict().values())
 
 

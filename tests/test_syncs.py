@@ -24,14 +24,18 @@ from segdeformer.config import DataConfig, EvalConfig, Recipe, load_recipe
 from segdeformer.data.built_in import SyntheticDataset
 from segdeformer.data.classes import ClassTable
 from segdeformer.data.loader import training_batch
-from segdeformer.engine import evaluate, inference
-from segdeformer.engine.run import start_run
-from segdeformer.engine.step import take_step
-from segdeformer.kernels import rows, upsample_launches, upsample_loss_strips
+from segdeformer.data.samples import Splits
+from segdeformer.inference import evaluate
+from segdeformer.inference import views as inference
 from segdeformer.kernels.launch import Launch
-from segdeformer.kernels.upsample_argmax import _upsample_argmax_strips, add_confusion, upsample_confusion
-from segdeformer.kernels.upsample_cross_entropy import HardPixels, upsample_cross_entropy
+from segdeformer.kernels.upsample import operator as upsample_triton
+from segdeformer.kernels.upsample import rows, strips
+from segdeformer.kernels.upsample.argmax import add_confusion, upsample_confusion
+from segdeformer.kernels.upsample.cross_entropy import HardPixels, upsample_cross_entropy
 from segdeformer.models.layers import SegOutput
+from segdeformer.runtime import Runtime
+from segdeformer.training.run import start_run
+from segdeformer.training.step import take_step
 
 GPU = torch.device("cuda", 0)
 
@@ -83,7 +87,7 @@ def labels_like(*shape: int) -> torch.Tensor:
         lambda x: x.to("cpu", non_blocking=True),
         lambda x: x.copy_(torch.ones(4, 5)),
         lambda x: x[torch.tensor([1, 2])],
-        lambda x: x[0, 0].__setitem__((), 1.0),
+        lambda x: x[0, 0].copy_(torch.tensor(1.0)),
         lambda x: torch.ones(4, 5).to(GPU),
     ],
 )
@@ -95,20 +99,20 @@ def test_the_proof_sees_what_waits(wait):
 @pytest.mark.parametrize("size", [(5, 7), (8, 8)])
 @pytest.mark.parametrize(("weighted", "smoothing"), [(False, 0.0), (True, 0.1)])
 def test_strips_of_the_loss_read_nothing_back(monkeypatch, size, weighted, smoothing):
-    monkeypatch.setattr(upsample_loss_strips, "STRIP_BYTES", 4 * 19 * 32 * 5)  # strips of five rows
-    strips = upsample_loss_strips.upsample_loss_strips._init_fn
+    monkeypatch.setattr(strips, "STRIP_BYTES", 4 * 19 * 32 * 5)  # strips of five rows
+    loss_strips = strips.upsample_loss_strips._init_fn
     with fake_gpu():
         weights = fake(19) if weighted else None
         logits = fake(2, 19, *size, dtype=torch.bfloat16)
-        total, losses, gradient = strips(logits, labels_like(2, 32, 32), weights, 255, smoothing, True)
+        total, losses, gradient = loss_strips(logits, labels_like(2, 32, 32), weights, 255, smoothing, True)
     assert (total.shape, losses.shape, gradient.shape) == ((), (2, 32, 32), (2, 19, *size))
     assert {x.device for x in (total, losses, gradient)} == {GPU}
 
 
-def test_strips_of_the_winners_read_nothing_back(monkeypatch):
+def test_strips_of_the_argmax_read_nothing_back(monkeypatch):
     monkeypatch.setattr(rows, "STRIP_BYTES", 4 * 19 * 32 * 5)
     with fake_gpu():
-        ids, confidence = _upsample_argmax_strips._init_fn(fake(2, 19, 5, 7), 33, 32, True)
+        ids, confidence = strips.upsample_argmax_strips._init_fn(fake(2, 19, 5, 7), 33, 32, True)
     assert (ids.shape, ids.dtype, confidence.shape) == ((2, 33, 32), torch.uint8, (2, 33, 32))
 
 
@@ -130,7 +134,7 @@ def test_the_loss_around_its_operator_waits_for_nothing(average, hard, weighted)
         loss = upsample_cross_entropy(
             fake(2, 19, 5, 7),
             labels_like(2, 33, 41),
-            class_weights_K=weights,
+            class_weights=weights,
             ignore_index=-100,
             average=average,
             hard_pixels=hard,
@@ -146,11 +150,11 @@ def test_the_host_s_part_of_the_kernels_waits_for_nothing(monkeypatch, weighted,
     with fake_gpu():
         logits, labels = fake(2, 19, 5, 7, dtype=torch.bfloat16), labels_like(2, 33, 41)
         weights = fake(19) if weighted else None
-        upsample_launches.upsample_loss_triton._init_fn(logits, labels, weights, 255, smoothing)
-        upsample_launches.upsample_loss_backward._init_fn(
+        upsample_triton.upsample_loss_triton._init_fn(logits, labels, weights, 255, smoothing)
+        upsample_triton.upsample_loss_backward._init_fn(
             logits, labels, weights, fake(2, 33, 41), fake(), 255, smoothing
         )
-        upsample_launches.upsample_argmax_triton._init_fn(logits, 33, 41, True)
+        upsample_triton.upsample_argmax_triton._init_fn(logits, 33, 41, True)
     names = [launch.name for launch in launched]
     assert names == ["upsampled_loss", "upsampled_loss_gradient", "upsampled_argmax"]
     for launch in launched:  # nothing is made anew for each call but what the caller asked for
@@ -213,12 +217,12 @@ def test_a_training_step_waits_once(monkeypatch, tmp_path, momentum):
         recipe = recipe.model_copy(update={"model": load_recipe("synthetic").model})
     device = torch.device("meta")
     data = SyntheticDataset("train", num_images=5, size_hw=(49, 63))
-    run = start_run(recipe, tmp_path / "run", train_data=data, val_data=data, device=device)
+    run = start_run(recipe, tmp_path / "run", Splits(data, data), runtime=Runtime(device))
     waits = []
 
     def tolist(tensor: torch.Tensor) -> list[float]:
         waits.append((tensor.device.type, tuple(tensor.shape)))
-        return [1.5, 1.0, 0.5, 0.0, 0.0, 2.0]
+        return [1.5, 1.0, 0.5, 0.0, 2.0]
 
     monkeypatch.setattr(torch.Tensor, "tolist", tolist)
     monkeypatch.setattr(
@@ -226,8 +230,8 @@ def test_a_training_step_waits_once(monkeypatch, tmp_path, momentum):
     )  # meta tensors have none
     batch = training_batch(data, recipe, 0)
     with NoWaiting():
-        result = take_step(run, [batch], None, [1.0], stop_asked=True)
-    assert waits == [("meta", (6,))]
+        result = take_step(run, [batch], [dict.fromkeys(("seg", "attn", "aux"), 1.0)], stop_asked=True)
+    assert waits == [("meta", (5,))]
     assert (result.losses.total.item(), result.gradient_norm, result.skipped) == (1.5, 2.0, False)
     assert all(p.grad is not None and p.grad.is_meta for p in run.model.parameters() if p.requires_grad)
     assert run.optimizer.state

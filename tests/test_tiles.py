@@ -78,7 +78,7 @@ def test_there_is_a_default_tile_for_every_width(architecture):
 def measured(monkeypatch, tmp_path):
     """A GPU on which something was measured."""
     fake_gpu(monkeypatch)
-    races = [
+    comparisons = [
         Choice("attention", 256, 150, 2, False, 64 * 64, 1.0, 2.0),
         Choice("attention", 256, 256, 2, True, 64 * 64, 3.0, 2.0),
         Choice("external_attention", 150, 150, 2, True, 64 * 64, 1.0, 5.0),
@@ -87,7 +87,7 @@ def measured(monkeypatch, tmp_path):
         "architecture": "sm_90",
         "tiles": {"attention_forward": {"256x160": {"2": [128, 64, 4, 2, True, True]}}},
         "backward": {"256x256": {"2": "chunks"}},
-        "choices": [race.row() for race in races],
+        "choices": [comparison.row() for comparison in comparisons],
     }
     monkeypatch.setattr(tiles, "TUNED", tmp_path)
     (tmp_path / "defaults.json").write_text(

@@ -7,7 +7,7 @@ import pytest
 
 from segdeformer.config import AugmentConfig, DataConfig, EvalConfig
 from segdeformer.data.built_in import SyntheticDataset
-from segdeformer.data.datasets import Sample
+from segdeformer.data.samples import Sample
 from segdeformer.data.transforms import (
     Crop,
     augment,

@@ -14,8 +14,10 @@ from budget import (
     random,
 )
 
-from segdeformer.kernels import attention_launches, attention_triton, launch
+from segdeformer.kernels import launch
 from segdeformer.kernels.attention import attention, attention_reference
+from segdeformer.kernels.attention import launch as attention_launches
+from segdeformer.kernels.attention import operator as attention_triton
 from segdeformer.kernels.tiles import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

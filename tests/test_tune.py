@@ -13,14 +13,9 @@ from typer.testing import CliRunner
 
 from segdeformer.cli.main import app
 from segdeformer.errors import KernelError, UserError
-from segdeformer.kernels import tune as tuner
-from segdeformer.kernels import tuned_file
 from segdeformer.kernels.attention import attention, attention_reference
 from segdeformer.kernels.choices import Choice, forget_choices, measured_choices
-from segdeformer.kernels.crew import Crew, Over
 from segdeformer.kernels.launch import Launch
-from segdeformer.kernels.oracle import answer, largest_allowed, worst_row_error
-from segdeformer.kernels.races import Fought, Race, decoder_races
 from segdeformer.kernels.tiles import (
     ARCHITECTURES,
     Tile,
@@ -28,16 +23,22 @@ from segdeformer.kernels.tiles import (
     choose_tile,
     size_class,
 )
-from segdeformer.kernels.tune import Place, Sizes, tune
-from segdeformer.kernels.tune_candidates import candidate_tiles
-from segdeformer.kernels.tune_events import OutOfTime, Settled, Skipped, Tried, describe
-from segdeformer.kernels.tune_problems import Problem, Trial, decoder_problems
+from segdeformer.kernels.tuning import search as tuner
+from segdeformer.kernels.tuning import store as tuned_file
+from segdeformer.kernels.tuning.candidates import Target, candidate_tiles
+from segdeformer.kernels.tuning.cases import Comparison, decoder_comparisons
+from segdeformer.kernels.tuning.comparison import Compared
+from segdeformer.kernels.tuning.crew import Crew, Over
+from segdeformer.kernels.tuning.events import OutOfTime, Settled, Skipped, Tried, describe
+from segdeformer.kernels.tuning.judge import answer, largest_allowed, worst_row_error
+from segdeformer.kernels.tuning.search import Place, Sizes, tune
+from segdeformer.kernels.tuning.trial import Problem, Trial, decoder_problems
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 SMALL = Sizes(most_pixels=48, odd=33, candidates=1)
 FORWARD = Problem("attention_forward", 32, 19, 2, 48)
 EXTERNAL = Problem("external_backward_keys", 19, 19, 4, 48)
-RACE = Race("attention", 32, 32, 2, True, 48)
+COMPARISON = Comparison("attention", 32, 32, 2, True, 48)
 
 
 class HereAndNow:
@@ -53,9 +54,9 @@ class HereAndNow:
         pass
 
 
-def run(path, *, problems=(FORWARD, EXTERNAL), races=(RACE,), seconds=100.0, **options):
+def run(path, *, problems=(FORWARD, EXTERNAL), comparisons=(COMPARISON,), seconds=100.0, **options):
     options = {"sizes": SMALL, "seconds": seconds, "crew": HereAndNow(), **options}
-    return list(tune(path, DEVICE, problems=list(problems), races=list(races), **options))
+    return list(tune(path, DEVICE, problems=list(problems), comparisons=list(comparisons), **options))
 
 
 @pytest.mark.parametrize("problem", decoder_problems(torch.device("cpu")), ids=lambda p: str(p[:4]))
@@ -104,7 +105,7 @@ def test_the_fastest_right_candidate_is_settled_on(tmp_path, monkeypatch):
     monkeypatch.setattr(tuner, "candidate_tiles", lambda *case: tiles)
     monkeypatch.setattr(tuner, "try_tile", lambda trials, tile, device: outcomes[tile])
     path = tmp_path / "gpu.json"
-    events = run(path, problems=[FORWARD], races=[], sizes=SMALL._replace(candidates=None))
+    events = run(path, problems=[FORWARD], comparisons=[], sizes=SMALL._replace(candidates=None))
     assert [e.outcome for e in events if isinstance(e, Tried)] == [2.0, "wrong out", 1.5]
     assert next(e for e in events if isinstance(e, Settled)).tile == tiles[2]
     table = json.loads(path.read_text())
@@ -128,7 +129,7 @@ def test_specialised_tiles_come_after_everything_else_and_are_checked_again_and_
     monkeypatch.setattr(tuner, "median_ms", lambda run, device: 1.0 if checked[-1] == specialized else 2.0)
     events = run(path, problems=[FORWARD], sizes=SMALL._replace(candidates=None))
     kinds = [type(event).__name__ for event in events]
-    assert kinds == ["Tried", "Settled", "Fought", "Tried", "Settled", "Fought"]
+    assert kinds == ["Tried", "Settled", "Compared", "Tried", "Settled", "Compared"]
     assert [event.tile for event in events if isinstance(event, Settled)] == [plain, specialized]
     assert all(settled_before[:20])
     assert checked.count(specialized) >= 20  # ten times at each of two sizes
@@ -197,10 +198,10 @@ def test_what_was_measured_is_what_runs(tmp_path, monkeypatch):
     gpu = torch.device("cuda", 0)
     for problem, tile in settled.items():
         assert choose_tile(problem.kernel, *problem.widths, problem.element_bytes, gpu) == tile
-    *_, fought = (e for e in events if isinstance(e, Fought))
-    assert measured_choices(gpu) == [fought.choice]
-    assert isinstance(fought.choice, Choice)
-    assert fought.choice.serves("attention", 32, 32, 2, training=True)
+    *_, compared = (e for e in events if isinstance(e, Compared))
+    assert measured_choices(gpu) == [compared.choice]
+    assert isinstance(compared.choice, Choice)
+    assert compared.choice.serves("attention", 32, 32, 2, training=True)
     form = json.loads(path.read_text())["backward"]["32x32"]["2"]
     assert form in ("fused", "chunks")
     on_gpu = SimpleNamespace(shape=(1, 48, 32), device=gpu, element_size=lambda: 2)
@@ -211,7 +212,7 @@ def test_what_was_measured_is_what_runs(tmp_path, monkeypatch):
 def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, monkeypatch):
     path, copy = tmp_path / "gpu.json", tmp_path / "copy" / "gpu.json"
     assert run(path, seconds=0.0, copy=copy) == [OutOfTime(3)]
-    first = run(path, problems=[FORWARD], races=[], copy=copy)
+    first = run(path, problems=[FORWARD], comparisons=[], copy=copy)
     assert sum(isinstance(e, Tried) for e in first) == 2
     assert copy.read_text() == path.read_text()
     second = run(path)
@@ -225,13 +226,13 @@ def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, monkeypatch):
 def test_a_tile_that_hangs_crashes_or_breaks_costs_itself_and_is_not_tried_again(tmp_path):
     place = Place(DEVICE, SMALL._replace(candidates=4))
     path = tmp_path / "gpu.json"
-    case = FORWARD.kernel, FORWARD.widths, 2
-    tiles = candidate_tiles(*case, ARCHITECTURES["sm_90"], FORWARD.default_tile(DEVICE))
+    target = Target(FORWARD.kernel, FORWARD.widths, 2, ARCHITECTURES["sm_90"])
+    tiles = candidate_tiles(target, FORWARD.default_tile(DEVICE))
     plain = [tile for tile in tiles if not tile.warp_specialize][:4]
     special = [tile for tile in tiles if tile.warp_specialize][:1]
     faults = {plain[0]: "hangs", plain[1]: "is killed", plain[3]: "raises", special[0]: "hangs"}
     measure = functools.partial(faulty_kernels.measure_with_faults, place, faults)
-    options = {"problems": [FORWARD], "races": [RACE], "sizes": place.sizes, "measure": measure}
+    options = {"problems": [FORWARD], "comparisons": [COMPARISON], "sizes": place.sizes, "measure": measure}
     with Crew(patience_s=10) as crew:
         events = run(path, crew=crew, **options)
     outcomes = {event.tile: event.outcome for event in events if isinstance(event, Tried)}
@@ -242,7 +243,7 @@ def test_a_tile_that_hangs_crashes_or_breaks_costs_itself_and_is_not_tried_again
     settled = [event for event in events if isinstance(event, Settled)]
     assert {(event.tile, event.default_ms) for event in settled[:1]} == {(plain[2], None)}
     assert "the default tile is not usable" in describe(settled[0])
-    assert any(isinstance(event, Fought) and event.choice for event in events)
+    assert any(isinstance(event, Compared) and event.choice for event in events)
     assert run(path, **options) == []
     reasons = [row.get("reason") for row in json.loads(path.read_text())["candidates"]]
     assert reasons[:2] == ["hangs: no progress for 10 s", "its process was ended by SIGKILL"]
@@ -251,7 +252,7 @@ def test_a_tile_that_hangs_crashes_or_breaks_costs_itself_and_is_not_tried_again
 def test_a_problem_without_inputs_is_skipped_and_the_rest_is_measured(tmp_path):
     with Crew() as crew:
         measure = functools.partial(faulty_kernels.without_inputs, Place(DEVICE, SMALL), FORWARD)
-        events = run(tmp_path / "gpu.json", races=[], crew=crew, measure=measure)
+        events = run(tmp_path / "gpu.json", comparisons=[], crew=crew, measure=measure)
     assert Skipped(FORWARD, "start: OutOfMemoryError: CUDA out of memory") in events
     assert {event.problem for event in events if isinstance(event, Settled)} == {EXTERNAL}
 
@@ -262,31 +263,33 @@ def test_a_damaged_file_is_one_line(tmp_path, text):
     path.write_text(text)
     with pytest.raises(UserError, match=r"gpu\.json: not valid JSON .* delete it, or measure with --again"):
         run(path)
-    assert run(path, problems=[FORWARD], races=[], again=True)
+    assert run(path, problems=[FORWARD], comparisons=[], again=True)
 
 
-def test_a_race_without_a_rival_is_no_choice(tmp_path, monkeypatch):
+def test_a_comparison_without_an_alternative_is_no_choice(tmp_path, monkeypatch):
     def refuse(*inputs, impl, **options):
         if impl == "sdpa":
             raise RuntimeError("no available kernel")
         return attention(*inputs, impl=impl, **options)
 
-    monkeypatch.setattr("segdeformer.kernels.race_steps.attention", refuse)
-    (fought,) = run(tmp_path / "gpu.json", problems=[])
-    assert fought.choice is None
+    monkeypatch.setattr("segdeformer.kernels.tuning.cases.attention", refuse)
+    (compared,) = run(tmp_path / "gpu.json", problems=[])
+    assert compared.choice is None
     assert json.loads((tmp_path / "gpu.json").read_text())["choices"] == []
 
 
-def test_races_are_found_by_what_auto_asks_for():
-    places = [(*race.key[:5], size_class(race.size)) for race in decoder_races(DEVICE)]
+def test_comparisons_are_found_by_what_auto_asks_for():
+    places = [(*comparison.key[:5], size_class(comparison.size)) for comparison in decoder_comparisons()]
     assert len(set(places)) == len(places)
     assert ("external_attention", 150, 150, 2, True, 15) in places
-    assert all(race.element_bytes == 2 or race.is_upsampling for race in decoder_races(DEVICE))
+    assert all(
+        comparison.element_bytes == 2 or comparison.is_upsampling for comparison in decoder_comparisons()
+    )
 
 
 @pytest.mark.parametrize(("n", "m", "d", "e"), [(1, 1, 19, 19), (63, 17, 32, 19), (17, 200, 19, 64)])
 def test_the_oracle_in_blocks_is_the_reference(n, m, d, e, monkeypatch):
-    monkeypatch.setattr("segdeformer.kernels.oracle.BLOCK_SCORES", 4 * m)
+    monkeypatch.setattr("segdeformer.kernels.tuning.judge.BLOCK_SCORES", 4 * m)
     inputs = [torch.randn(2, *shape, dtype=torch.float64) for shape in ((n, d), (m, d), (m, e))]
     leaves = [t.clone().requires_grad_() for t in inputs]
     upstream = torch.randn(2, n, e, dtype=torch.float64)

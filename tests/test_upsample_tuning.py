@@ -1,4 +1,4 @@
-"""Races, checks and goals of the operations on upsampled logits: the right counts, the wrong shows."""
+"""Comparisons, checks and goals of the operations on upsampled logits: the right counts, the wrong shows."""
 
 import math
 from types import SimpleNamespace
@@ -13,43 +13,43 @@ from benchmarks.upsampling import UpsamplingRow, measure
 from segdeformer.kernels.choices import Choice, agree, forget_choices
 from segdeformer.kernels.impl import choose_upsampling
 from segdeformer.kernels.launch import Launch
-from segdeformer.kernels.races import UPSAMPLING, Race, decoder_races, run_race
-from segdeformer.kernels.tune_events import describe
-from segdeformer.kernels.upsample_argmax import upsample_argmax_reference
-from segdeformer.kernels.upsample_oracle import LossTask, loss_answer, loss_error, winners_error
-from segdeformer.kernels.upsample_races import make_loss_task
+from segdeformer.kernels.tuning.cases import UPSAMPLING, Comparison, decoder_comparisons, make_loss_task
+from segdeformer.kernels.tuning.comparison import run_comparison
+from segdeformer.kernels.tuning.events import describe
+from segdeformer.kernels.tuning.judge import LossTask, argmax_error, confidence_error, loss_answer, loss_error
+from segdeformer.kernels.upsample.argmax import upsample_argmax_reference
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-LOSS = Race("upsample_cross_entropy", 19, 19, 4, True, 4)
-WINNERS = Race("upsample_argmax", 19, 19, 4, False, 4)
+LOSS = Comparison("upsample_cross_entropy", 19, 19, 4, True, 4)
+ARGMAX = Comparison("upsample_argmax", 19, 19, 4, False, 4)
 
 
-def test_auto_takes_what_won_the_race(monkeypatch):
+def test_auto_takes_what_was_faster(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H0")
-    races = [race for race in decoder_races(DEVICE) if race.operation in UPSAMPLING]
-    assert {race.operation for race in races} == set(UPSAMPLING)
-    for race in races:
+    comparisons = [comparison for comparison in decoder_comparisons() if comparison.operation in UPSAMPLING]
+    assert {comparison.operation for comparison in comparisons} == set(UPSAMPLING)
+    for comparison in comparisons:
         on_gpu = SimpleNamespace(
-            shape=(race.batch, race.width, *race.sides[0]),
+            shape=(comparison.batch, comparison.width, *comparison.sides[0]),
             device=torch.device("cuda", 0),
-            element_size=lambda size=race.element_bytes: size,
+            element_size=lambda size=comparison.element_bytes: size,
         )
         for times, expected in (((1.0, 2.0), "triton"), ((2.0, 1.0), "strips")):
-            agree(on_gpu.device, [Choice(*race.key, *times)])
-            assert choose_upsampling("auto", race.operation, on_gpu, race.sides[1]) == expected
+            agree(on_gpu.device, [Choice(*comparison.key, *times)])
+            assert choose_upsampling("auto", comparison.operation, on_gpu, comparison.sides[1]) == expected
     forget_choices()
 
 
-@pytest.mark.parametrize("race", [LOSS, WINNERS, LOSS._replace(element_bytes=2)])
-def test_a_race_of_both_sides_is_a_choice_against_the_strips(race):
-    fought = run_race(race, DEVICE)
-    assert fought.refusals == {}
-    assert fought.choice[:6] == race.key
-    assert fought.choice.triton_ms > 0
-    assert describe(fought).endswith(f"strips {fought.choice.sdpa_ms:.3f} ms")
+@pytest.mark.parametrize("comparison", [LOSS, ARGMAX, LOSS._replace(element_bytes=2)])
+def test_a_comparison_of_both_sides_is_a_choice_against_the_strips(comparison):
+    compared = run_comparison(comparison, DEVICE)
+    assert compared.refusals == {}
+    assert compared.choice[:6] == comparison.key
+    assert compared.choice.triton_ms > 0
+    assert describe(compared).endswith(f"strips {compared.choice.alternative_ms:.3f} ms")
 
 
-def test_a_kernel_that_is_wrong_loses_its_race_and_fails_its_checks(monkeypatch):
+def test_a_kernel_that_is_wrong_loses_its_comparison_and_fails_its_checks(monkeypatch):
     honest = Launch.run
 
     def one_loss_off(launch):
@@ -62,7 +62,7 @@ def test_a_kernel_that_is_wrong_loses_its_race_and_fails_its_checks(monkeypatch)
         if "grad_logits" in launch.tensors:
             launch.tensors["grad_logits"][0, 1, -1, -1] = math.nan
 
-    def one_winner_swapped(launch):
+    def one_id_swapped(launch):
         honest(launch)
         if launch.tensors.get("ids") is not None:
             ids = launch.tensors["ids"]
@@ -71,21 +71,21 @@ def test_a_kernel_that_is_wrong_loses_its_race_and_fails_its_checks(monkeypatch)
     machine = this_machine()
     group = check_upsampling.UpsamplingGroup((2, 2), (8, 8), torch.float32, (2,), check_upsampling.CASES[:2])
     assert [case.failure for case in checks.check_group(checks.Part(group)) if case.failure] == []
-    for broken, race, reason, case in [
+    for broken, comparison, reason, case in [
         (one_loss_off, LOSS, "wrong loss: off by", "loss, 2 classes"),
         (one_slope_missing, LOSS, "wrong gradient: off by nan", "loss, 2 classes"),
-        (one_winner_swapped, WINNERS, "wrong winners", "winners, 2 classes"),
+        (one_id_swapped, ARGMAX, "wrong argmax", "argmax, 2 classes"),
     ]:
         monkeypatch.setattr(Launch, "run", broken)
-        fought = run_race(race, DEVICE)
-        assert fought.choice.triton_ms == math.inf
-        assert not fought.choice.triton_wins
-        assert reason in fought.refusals["triton"]
-        assert f"no race (triton: {reason}" in describe(fought)
+        compared = run_comparison(comparison, DEVICE)
+        assert compared.choice.triton_ms == math.inf
+        assert not compared.choice.triton_wins
+        assert reason in compared.refusals["triton"]
+        assert f"no comparison (triton: {reason}" in describe(compared)
         failed = [checked.name for checked in checks.check_group(checks.Part(group)) if checked.failure]
         assert any(name.startswith(case) for name in failed)
         row = UpsamplingRow(
-            "loss" if race.training else "winners", 1, 19, 2, 8, machine.halves[0], race.training
+            "loss" if comparison.training else "argmax", 1, 19, 2, 8, machine.halves[0], comparison.training
         )
         contenders = measure(row, machine, {})["contenders"]
         assert reason in contenders["ours (triton)"]["refused"]
@@ -107,16 +107,14 @@ def test_the_oracle_is_the_textbook_mean_in_float64():
             ignore_index=255,
         )
         (options.upstream * expected).backward()
-        answer = loss_answer(options, exact=True)
-        assert loss_error(expected.detach(), answer) < 1e-12
-        torch.testing.assert_close(answer.gradient_BKhw, leaf.grad, rtol=1e-10, atol=1e-12)
-    winners = upsample_argmax_reference(task.logits_BKhw, (13, 9), confidence=True)
-    right = winners_error(task.logits_BKhw, *winners)
-    assert right.shortfall < 1e-6
-    assert right.confidence < 1e-5
-    swapped = (winners.ids_BHW + 1) % 7
-    assert winners_error(task.logits_BKhw, swapped).shortfall > 0.1
-    assert winners_error(task.logits_BKhw, winners.ids_BHW + 7).shortfall == math.inf
+        loss, gradient_BKhw = loss_answer(options, exact=True)
+        assert loss_error(expected.detach(), loss) < 1e-12
+        torch.testing.assert_close(gradient_BKhw, leaf.grad, rtol=1e-10, atol=1e-12)
+    ids, confidence = upsample_argmax_reference(task.logits_BKhw, (13, 9), confidence=True)
+    assert argmax_error(ids, task.logits_BKhw) < 1e-6
+    assert confidence_error(confidence, task.logits_BKhw) < 1e-5
+    assert argmax_error((ids + 1) % 7, task.logits_BKhw) > 0.1
+    assert argmax_error(ids + 7, task.logits_BKhw) == math.inf
 
 
 def a_gpu():
@@ -174,7 +172,7 @@ def test_the_goals_are_ratios_against_the_two_textbook_lines():
         }
 
     wide = row("loss", True, 1.0, 1.0, 1.0) | {"dtype": "torch.float32"}
-    rows = {"0": wide, "1": row("loss", True, 2.0, 5.0, 3.0), "2": row("winners", False, 2.0, 8.0, 7.0)}
+    rows = {"0": wide, "1": row("loss", True, 2.0, 5.0, 3.0), "2": row("argmax", False, 2.0, 8.0, 7.0)}
     goals = {goal.text: goal for goal in report.goals({"upsampling": rows})[-4:]}
     verdicts = [(goal.measured, goal.verdict) for goal in goals.values()]
     assert verdicts == [(0.04, "met"), (2.5, "met"), (1.5, "not met"), (3.5, "met")]

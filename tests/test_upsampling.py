@@ -1,4 +1,4 @@
-"""Losses and winners of upsampled logits against float64, for every implementation.
+"""Losses and argmax of upsampled logits against float64, for every implementation.
 
 The Triton kernels run on a GPU where there is one, else in Triton's interpreter; fresh memory is NaN.
 """
@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from budget import assert_no_worse, random
 from test_triton_attention import DEVICE, poisoned_memory  # noqa: F401
 
-from segdeformer.kernels import upsample_argmax as counting
-from segdeformer.kernels.upsample_argmax import (
+from segdeformer.kernels.upsample import argmax as counting
+from segdeformer.kernels.upsample.argmax import (
     add_confusion,
     count_on_cpu,
     count_on_gpu,
     upsample_argmax,
     upsample_confusion,
 )
-from segdeformer.kernels.upsample_cross_entropy import (
+from segdeformer.kernels.upsample.cross_entropy import (
     HardPixels,
     upsample_cross_entropy,
 )
@@ -82,7 +82,7 @@ def test_loss_and_gradient_equal_float64(num_classes, size, full, options, impl)
     (3 * expected).backward()
     logits = exact.detach().float().requires_grad_()
     loss = upsample_cross_entropy(
-        logits, labels, ignore_index=ignore, class_weights_K=weights, impl=impl, **options
+        logits, labels, ignore_index=ignore, class_weights=weights, impl=impl, **options
     )
     (3 * loss).backward()
     assert loss.dtype == torch.float32
@@ -126,7 +126,7 @@ def test_all_pixels_ignored_is_zero_loss_and_zero_gradient(average, weights, imp
     logits = made(1, 3, 2, 2).requires_grad_()
     labels = torch.full((1, 8, 8), 255, device=DEVICE)
     weights = weights.to(DEVICE) if weights is not None else None
-    loss = upsample_cross_entropy(logits, labels, class_weights_K=weights, average=average, impl=impl)
+    loss = upsample_cross_entropy(logits, labels, class_weights=weights, average=average, impl=impl)
     loss.backward()
     assert loss.item() == 0.0
     assert torch.equal(logits.grad, torch.zeros_like(logits))
@@ -169,7 +169,7 @@ def test_gradcheck_of_the_strips_in_float64():
     for smoothing in (0.0, 0.2):
         assert torch.autograd.gradcheck(
             lambda x, s=smoothing: upsample_cross_entropy(
-                x, labels, class_weights_K=weights, label_smoothing=s
+                x, labels, class_weights=weights, label_smoothing=s
             ),
             (logits,),
         )
@@ -178,24 +178,22 @@ def test_gradcheck_of_the_strips_in_float64():
 @pytest.mark.parametrize("impl", ["triton", "auto", "reference"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("num_classes", "size", "full"), SIZES)
-def test_winners_and_confidence_equal_float64_but_for_ties(num_classes, size, full, layout, impl):
+def test_argmax_and_confidence_equal_float64_but_for_ties(num_classes, size, full, layout, impl):
     logits = made(2, num_classes, *size).contiguous(memory_format=layout)
     exact = F.interpolate(logits.double(), full, mode="bilinear", align_corners=False)
-    winners = upsample_argmax(logits, full, confidence=True, impl=impl)
-    assert winners.ids_BHW.dtype == (torch.uint8 if num_classes <= 256 else torch.int16)
-    chosen = exact.gather(1, winners.ids_BHW.long()[:, None])[:, 0]
+    result = upsample_argmax(logits, full, confidence=True, impl=impl)
+    assert result.ids_BHW.dtype == (torch.uint8 if num_classes <= 256 else torch.int16)
+    chosen = exact.gather(1, result.ids_BHW.long()[:, None])[:, 0]
     assert (exact.amax(1) - chosen).max() <= 1e-3 * (1 if impl == "reference" else 0.1)
-    assert (winners.ids_BHW != exact.argmax(1)).float().mean() < 1e-2
-    torch.testing.assert_close(
-        winners.confidence_BHW.double(), exact.softmax(1).amax(1), atol=1e-4, rtol=1e-3
-    )
+    assert (result.ids_BHW != exact.argmax(1)).float().mean() < 1e-2
+    torch.testing.assert_close(result.confidence_BHW.double(), exact.softmax(1).amax(1), atol=1e-4, rtol=1e-3)
     assert upsample_argmax(logits, full, impl=impl).confidence_BHW is None
 
 
 @pytest.mark.parametrize("impl", ["triton", "auto", "reference"])
 def test_of_equal_logits_the_lowest_id_wins(impl):
-    winners = upsample_argmax(torch.zeros(1, 150, 3, 4, device=DEVICE), (7, 9), impl=impl)
-    assert winners.ids_BHW.abs().max() == 0
+    result = upsample_argmax(torch.zeros(1, 150, 3, 4, device=DEVICE), (7, 9), impl=impl)
+    assert result.ids_BHW.abs().max() == 0
 
 
 @pytest.mark.parametrize("impl", ["triton", "auto", "reference"])
@@ -260,13 +258,13 @@ def test_class_weights_are_summed_in_float32_and_must_be_one_each(impl):
     weights = torch.linspace(0.5, 2.0, 5, device=DEVICE)
     if impl == "triton":
         logits, labels = logits[:, :, :8, :8], labels[:, :32, :32]  # the interpreter is slow
-    expected = upsample_cross_entropy(logits, labels, class_weights_K=weights.double(), impl="reference")
-    loss = upsample_cross_entropy(logits, labels, class_weights_K=weights.half(), impl=impl)
+    expected = upsample_cross_entropy(logits, labels, class_weights=weights.double(), impl="reference")
+    loss = upsample_cross_entropy(logits, labels, class_weights=weights.half(), impl=impl)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)  # what the weights lost in float16
     for wrong in (torch.ones(4), torch.ones(6), torch.ones(1, 5)):
         with pytest.raises(ValueError, match=r"class weights are .*; expected \(5,\)"):
-            upsample_cross_entropy(logits, labels, class_weights_K=wrong, impl=impl)
+            upsample_cross_entropy(logits, labels, class_weights=wrong, impl=impl)
     with pytest.raises(ValueError, match=r"label_smoothing is -1\.0; expected 0 to 1"):
         upsample_cross_entropy(logits, labels, label_smoothing=-1.0, impl=impl)
 

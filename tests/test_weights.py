@@ -13,7 +13,7 @@ from segdeformer.config import EncoderConfig
 from segdeformer.errors import UsageError, UserError
 from segdeformer.models.encoders import build_encoder
 from segdeformer.models.mit import MIT_SIZES, MiT
-from segdeformer.models.weights import STYLES, export_encoder_weights, load_encoder_weights
+from segdeformer.weights.encoder import STYLES, export_encoder_weights, load_encoder_weights
 
 
 def random_mit(seed: int, name: str = "mit_nano") -> MiT:
@@ -284,13 +284,21 @@ def test_text_under_a_weights_name_is_refused(text, tmp_path):
 
 
 class Foreign:
-    pass
+    def __setstate__(self, state):
+        raise AssertionError("code of the file was run")
 
 
-def test_pickled_objects_are_not_run(tmp_path):
-    torch.save({"state_dict": {}, "hub": Foreign()}, tmp_path / "run.pth")
-    message = refused(random_mit(0), tmp_path / "run.pth")
-    assert "Foreign`, which could run code when read; save its state_dict alone" in message
+def test_pickled_objects_are_passed_over_and_named_not_run(tmp_path):
+    source = random_mit(0)
+    foreign = Foreign()
+    foreign.log = [1, 2]
+    torch.save({"state_dict": export_encoder_weights(source, "nvlabs"), "hub": foreign}, tmp_path / "run.pth")
+    target = random_mit(1)
+    report = load_encoder_weights(target, tmp_path / "run.pth")
+    assert report.passed_over == (f"{Foreign.__module__}.Foreign",)
+    assert f"  objects in the file that were not read: {report.passed_over[0]}" in report.lines()
+    for name, value in target.state_dict().items():
+        assert torch.equal(value, source.state_dict()[name]), name
     (tmp_path / "old.bin").write_bytes(pickle.dumps([1, 2], protocol=2))
     refused(random_mit(0), tmp_path / "old.bin")
 
@@ -300,8 +308,8 @@ def test_files_that_hold_no_weights_are_refused(tmp_path):
     assert "holds a list, not a dict" in refused(random_mit(0), tmp_path / "list.pt")
     torch.save({"state_dict": {}}, tmp_path / "empty.pt")
     assert "there is no tensor in the file" in refused(random_mit(0), tmp_path / "empty.pt")
-    assert "no such weights file" in refused(random_mit(0), tmp_path / "absent.pth")
+    assert "no such file or folder" in refused(random_mit(0), tmp_path / "absent.pth")
     assert "is a folder" in refused(random_mit(0), tmp_path)
     (tmp_path / "mit.onnx").touch()
-    with pytest.raises(UsageError, match=r"must be a \.safetensors, \.pth, \.pt or \.bin file"):
+    with pytest.raises(UsageError, match=r"must be a \.safetensors, \.pth, \.pt, \.bin or \.ckpt file"):
         load_encoder_weights(random_mit(0), tmp_path / "mit.onnx")

@@ -28,18 +28,11 @@ NORTH_ROW, SOUTH_ROW = 90, 2250  # 84 N and 60 S: rows outside are ignored
 # IGBP class of MCD12C1 -> our class. Not listed: 11 permanent wetlands and 13 urban, both ignored.
 CLASS_OF_IGBP = {
     0: 0,  # water
-    1: 1,  # evergreen needleleaf forest
-    2: 1,  # evergreen broadleaf forest
-    3: 1,  # deciduous needleleaf forest
-    4: 1,  # deciduous broadleaf forest
-    5: 1,  # mixed forest
-    6: 2,  # closed shrubland
-    7: 2,  # open shrubland
-    8: 3,  # woody savanna
-    9: 3,  # savanna
+    **dict.fromkeys((1, 2, 3, 4, 5), 1),  # forest: evergreen and deciduous, needleleaf and broadleaf, mixed
+    **dict.fromkeys((6, 7), 2),  # closed and open shrubland
+    **dict.fromkeys((8, 9), 3),  # woody savanna and savanna
     10: 4,  # grassland
-    12: 5,  # cropland
-    14: 5,  # cropland and natural vegetation mosaic
+    **dict.fromkeys((12, 14), 5),  # cropland, alone and in a mosaic with natural vegetation
     16: 6,  # barren or sparsely vegetated
     15: 7,  # snow and ice
 }

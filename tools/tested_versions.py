@@ -25,6 +25,14 @@ PACKAGES = ("torch", "triton", "torchvision", "timm", "numpy", "opencv-python-he
 OUTCOMES = ("passed", "failed", "skipped")
 
 
+INTRODUCTION = """# Tested versions
+
+`make test` in a fresh environment of each combination, on Linux without a GPU: the Triton kernels run in \
+Triton's interpreter. Written by `make versions`. What each Triton version makes of the kernels for five \
+kinds of GPUs is in [benchmarks/results/aot.md](../benchmarks/results/aot.md).
+"""
+
+
 class Combination(NamedTuple):
     """Versions to test together."""
 
@@ -54,14 +62,15 @@ def test(combination: Combination, folder: Path) -> str:
         constraints.write_text("\n".join(combination.pins) + "\n")
         environment["PIP_CONSTRAINT"] = str(constraints)
     print(f"{combination.name}: make test", flush=True)
+    make = ["make", f"VENV={venv}", f"PYTHON={python}", "test"]
     finished = subprocess.run(
-        ["make", f"VENV={venv}", f"PYTHON={python}", "test"],
+        make,
         cwd=ROOT,
         env=environment,
+        check=False,
+        text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
     )
     (folder / f"{venv.name}.log").write_text(finished.stdout)
     if (counts := outcomes(finished.stdout)) is None:
@@ -107,23 +116,9 @@ def write_table(rows: dict[str, str]) -> None:
     lines = TABLE.read_text().splitlines() if TABLE.exists() else []
     kept = {line.split("|")[1].strip(): line for line in lines if line.startswith("|")}
     head = ["", "Python", *PACKAGES, *OUTCOMES, "date", "commit"]
-    TABLE.write_text(
-        "\n".join(
-            [
-                "# Tested versions",
-                "",
-                "`make test` in a fresh environment of each combination, on Linux without a GPU: the Triton "
-                "kernels run in Triton's interpreter. Written by `make versions`. What each Triton version "
-                "makes of the kernels for five kinds of GPUs is in "
-                "[benchmarks/results/aot.md](../benchmarks/results/aot.md).",
-                "",
-                f"| {' | '.join(head)} |",
-                "|" + "---|" * len(head),
-                *(row for c in COMBINATIONS if (row := rows.get(c.name, kept.get(c.name)))),
-            ]
-        )
-        + "\n"
-    )
+    lines = [INTRODUCTION, f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines += [row for c in COMBINATIONS if (row := rows.get(c.name, kept.get(c.name)))]
+    TABLE.write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:

@@ -5,8 +5,10 @@ refused with the path of the key. Devices, workers and implementations are not i
 do not change results beyond rounding.
 """
 
-from segdeformer.config.data import AugmentConfig, DataConfig, DataName, EvalConfig, EvalMode
+from segdeformer.config.changes import change_recipe
+from segdeformer.config.data import AugmentConfig, DataConfig, DataName, EvalConfig, EvalMode, TransformConfig
 from segdeformer.config.fields import IGNORE_INDEX, Strict
+from segdeformer.config.losses import CrossEntropyConfig, LossAverage, LossConfig, OwnLossConfig
 from segdeformer.config.model import (
     AuxiliaryConfig,
     ContextConfig,
@@ -19,8 +21,9 @@ from segdeformer.config.model import (
     InternalConfig,
     MLPFusionConfig,
     ModelConfig,
-    PeerConfig,
+    OwnFusionConfig,
     Projection,
+    ThirdPartyConfig,
     UperNetConfig,
 )
 from segdeformer.config.recipe import (
@@ -34,7 +37,7 @@ from segdeformer.config.recipe import (
     recipe_toml,
     validate_recipe,
 )
-from segdeformer.config.training import LossAverage, TrainConfig
+from segdeformer.config.training import TrainConfig
 
 __all__ = [
     "DEFAULT_RECIPE",
@@ -42,6 +45,7 @@ __all__ = [
     "AugmentConfig",
     "AuxiliaryConfig",
     "ContextConfig",
+    "CrossEntropyConfig",
     "DataConfig",
     "DataName",
     "EncoderConfig",
@@ -54,15 +58,20 @@ __all__ = [
     "HeadConfig",
     "InternalConfig",
     "LossAverage",
+    "LossConfig",
     "MLPFusionConfig",
     "ModelConfig",
-    "PeerConfig",
+    "OwnFusionConfig",
+    "OwnLossConfig",
     "Projection",
     "Recipe",
     "ReportedConfig",
     "Strict",
+    "ThirdPartyConfig",
     "TrainConfig",
+    "TransformConfig",
     "UperNetConfig",
+    "change_recipe",
     "load_recipe",
     "parse_recipe",
     "recipe_names",

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from segdeformer.config.fields import Positive, PositiveFloat, Share, SizeHW, SizeWH, Strict
+from segdeformer.config.fields import (
+    PATH,
+    Options,
+    Positive,
+    PositiveFloat,
+    PythonPath,
+    Share,
+    SizeHW,
+    SizeWH,
+    Strict,
+)
 
 DataName = Literal["landcover", "folder", "ade20k", "cityscapes", "coco_stuff", "synthetic"]
 EvalMode = Literal["whole", "slide"]
 
 
+def _known_or_own(name: str) -> str:
+    names = get_args(DataName)
+    if name in names or PATH.fullmatch(name):
+        return name
+    listed = f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
+    raise PydanticCustomError("literal_error", "Input should be {listed}", {"listed": listed})
+
+
 class DataConfig(Strict):
     """Which data, and where.
 
+    name: one of `DataName`, or a Python path (see `protocols.OwnDataset`), which gets `root` and `options`.
     root: the data's folder; `landcover` and `synthetic` need none.
     classes: for `folder`, a TOML file of names and colours; default: classes.toml in the root.
     """
 
-    name: DataName
+    name: Annotated[str, AfterValidator(_known_or_own)]
     root: str = ""
     classes: str | None = None
     train_split: str = "train"
@@ -30,9 +50,23 @@ class DataConfig(Strict):
         57.12,
         57.375,
     )
+    options: Options | None = None
+
+    @model_validator(mode="after")
+    def _options_are_for_own_data(self) -> DataConfig:
+        if self.options and ":" not in self.name:
+            raise ValueError("`options` are for a Python path as `name`; leave them out")
+        return self
 
 
 # Optional keys default to None: TOML cannot say null, so only then does a resolved recipe read back.
+
+
+class TransformConfig(Strict):
+    """A transform of one's own, a Python path; see `protocols.OwnTransform`."""
+
+    path: PythonPath
+    options: Options | None = None
 
 
 class AugmentConfig(Strict):
@@ -43,6 +77,7 @@ class AugmentConfig(Strict):
         `max_class_share` of the valid pixels.
     horizontal_flip, vertical_flip: probabilities. quarter_turns: one of four rotations (nadir views).
     photometric: brightness, contrast, saturation and hue, each with probability 0.5.
+    transforms: of one's own, in this order, before the crop is normalised and padded.
     """
 
     resize_to: SizeWH | None = None
@@ -53,6 +88,7 @@ class AugmentConfig(Strict):
     vertical_flip: Share = 0.0
     quarter_turns: bool = False
     photometric: bool = True
+    transforms: Annotated[tuple[TransformConfig, ...], Field(strict=False)] | None = None
 
     @model_validator(mode="after")
     def _range_is_ordered(self) -> AugmentConfig:

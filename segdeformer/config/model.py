@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from segdeformer.config.fields import Natural, Positive, Share, SizeHW, Strict
+from segdeformer.config.fields import (
+    OLD_THIRD_PARTY,
+    Natural,
+    Options,
+    Positive,
+    PythonPath,
+    Share,
+    SizeHW,
+    Strict,
+    kind_or_own,
+)
 
 Projection = Literal["affine", "conv_bn_relu"]
 DEFAULT_MOMENTUM = 0.1
@@ -15,20 +25,39 @@ DEFAULT_MOMENTUM = 0.1
 class EncoderConfig(Strict):
     """Which encoder makes the four feature maps.
 
-    name: `mit_b0` ... `mit_b5`, `mit_nano`, or any timm model name.
+    name: `mit_b0` ... `mit_b5`, `mit_nano`, a timm model name, or a Python path (`protocols.OwnEncoder`).
     weights: `none`, `timm` (pretrained weights through timm's hub), or a file.
     image_size: (height, width) of the position grid for encoders with absolute positions;
         other sizes are resampled from it. Not a limit on the input.
-    taps: block indices of the four maps of a flat (ViT) encoder; default spreads them evenly.
+    out_indices: block indices of the four maps of a flat (ViT) encoder; default spreads them evenly.
     feature_norm: LayerNorm on every returned map, as mmsegmentation's Swin has.
+    options: of a Python path, which takes these and `weights` alone.
     """
 
     name: str
     weights: str = "none"
     drop_path: Share = 0.0
     image_size: SizeHW | None = None
-    taps: Annotated[tuple[Natural, Natural, Natural, Natural], Field(strict=False)] | None = None
+    out_indices: Annotated[tuple[Natural, Natural, Natural, Natural], Field(strict=False)] | None = None
     feature_norm: bool = False
+    options: Options | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _taps_are_out_indices(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "taps" in values and "out_indices" not in values:
+            values = {"out_indices" if key == "taps" else key: value for key, value in values.items()}
+        return values
+
+    @model_validator(mode="after")
+    def _options_are_for_own_encoders(self) -> EncoderConfig:
+        own = ":" in self.name
+        if self.options and not own:
+            raise ValueError("`options` are for a Python path as `name`; leave them out")
+        others = (self.drop_path, self.image_size, self.out_indices, self.feature_norm)
+        if own and others != (0.0, None, None, False):
+            raise ValueError(f"`{self.name}` takes its settings from `options`; leave the other keys out")
+        return self
 
 
 class MLPFusionConfig(Strict):
@@ -75,32 +104,39 @@ class FaPNConfig(Strict):
     neck: bool = False
 
 
-class PeerConfig(Strict):
-    """A model of segmentation_models_pytorch (extra `peers`): its decoder, classifier and encoder.
+def _now_called(kind: Any) -> Any:
+    return "third_party" if kind == OLD_THIRD_PARTY else kind
+
+
+class ThirdPartyConfig(Strict):
+    """A model of segmentation_models_pytorch (extra `third-party`): its decoder, classifier and encoder.
 
     decoder: its class there, such as `PSPNet` or `DeepLabV3Plus`.
     options: arguments of that class, such as `encoder_depth`; what is left out has that package's default.
     `encoder.name` is that package's or timm's, and `head.dropout` the auxiliary head's alone.
     """
 
-    kind: Literal["peer"] = "peer"
+    kind: Annotated[Literal["third_party"], BeforeValidator(_now_called)] = "third_party"
     decoder: str
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: Options = Field(default_factory=dict)
 
-    @field_validator("options")
-    @classmethod
-    def _options_are_plain(cls, options: dict[str, Any]) -> dict[str, Any]:
-        for name, value in options.items():
-            parts = value if isinstance(value, list) else [value]
-            if not all(isinstance(part, bool | int | float | str) for part in parts):
-                raise ValueError(
-                    f"`{name}` is {value!r}; expected a number, a text, true or false, or a list of them"
-                )
-        return options
+
+class OwnFusionConfig(Strict):
+    """A fusion of one's own, a Python path, whose tokens have `width` channels; see `protocols.OwnFusion`."""
+
+    kind: PythonPath
+    width: Positive = 256
+    options: Options | None = None
 
 
 FusionConfig = Annotated[
-    MLPFusionConfig | UperNetConfig | FPNConfig | FaPNConfig | PeerConfig, Field(discriminator="kind")
+    Annotated[MLPFusionConfig, Tag("mlp")]
+    | Annotated[UperNetConfig, Tag("upernet")]
+    | Annotated[FPNConfig, Tag("fpn")]
+    | Annotated[FaPNConfig, Tag("fapn")]
+    | Annotated[ThirdPartyConfig, Tag("third_party")]
+    | Annotated[OwnFusionConfig, Tag("module:name")],
+    Discriminator(kind_or_own),
 ]
 
 
@@ -190,8 +226,8 @@ class ModelConfig(Strict):
     def _context_fits_the_fusion(self) -> ModelConfig:
         if self.context is None:
             return self
-        if isinstance(self.fusion, PeerConfig):
-            raise ValueError('fusion.kind is "peer", which takes no `context`; leave it out')
+        if isinstance(self.fusion, ThirdPartyConfig):
+            raise ValueError('fusion.kind is "third_party", which takes no `context`; leave it out')
         internal = self.context.internal
         if internal and self.fusion.width % internal.heads:
             raise ValueError(

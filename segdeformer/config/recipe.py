@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from segdeformer.config.data import AugmentConfig, DataConfig, EvalConfig
 from segdeformer.config.fields import Strict
+from segdeformer.config.losses import LossConfig
 from segdeformer.config.model import ModelConfig, UperNetConfig
 from segdeformer.config.training import TrainConfig
 from segdeformer.errors import UsageError
@@ -40,13 +41,33 @@ class Recipe(Strict):
     train: TrainConfig = TrainConfig()
     evaluate: EvalConfig = EvalConfig()
 
+    @property
+    def active_losses(self) -> tuple[LossConfig, ...]:
+        """The terms whose logits the model makes."""
+        external = None if self.model.context is None else self.model.context.external
+        made = {
+            "logits": True,
+            "class_logits": external is not None and external.attention_loss,
+            "auxiliary_logits": self.model.auxiliary is not None,
+        }
+        return tuple(term for term in self.train.losses if made[term.of])
+
     @model_validator(mode="after")
     def _one_weight_per_class(self) -> Recipe:
-        weights = self.train.class_weights
-        if weights is not None and len(weights) != self.model.num_classes:
+        for place, term in enumerate(self.train.losses):
+            weights = getattr(term, "class_weights", None)
+            if weights is not None and len(weights) != self.model.num_classes:
+                raise ValueError(
+                    f"train.losses.{place}.class_weights has {len(weights)} values for "
+                    f"model.num_classes {self.model.num_classes}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _auxiliary_head_learns(self) -> Recipe:
+        if self.model.auxiliary and all(term.of != "auxiliary_logits" for term in self.train.losses):
             raise ValueError(
-                f"train.class_weights has {len(weights)} values for "
-                f"model.num_classes {self.model.num_classes}"
+                'model.auxiliary has no term in train.losses: add one of "auxiliary_logits", or leave it out'
             )
         return self
 

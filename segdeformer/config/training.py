@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from segdeformer.config.fields import Beta, Natural, Positive, PositiveFloat, Share, Strict
+from segdeformer.config.losses import DEFAULT_LOSSES, LossConfig, with_named_losses
 
-LossAverage = Literal["valid", "all"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
 # Optional keys default to None: TOML cannot say null, so only then does a resolved recipe read back.
 
 
 class TrainConfig(Strict):
-    """AdamW, linear warm-up times poly decay, L_seg + weight * L_attn (Eq. 9).
+    """AdamW, linear warm-up times poly decay, a weighted sum of losses (Eq. 9).
 
     batch_size: images of one optimiser step, over all processes and accumulated parts.
     decoder_lr_multiplier: all decoder parameters, norms and tokens too, get this times the rate.
@@ -25,8 +25,7 @@ class TrainConfig(Strict):
     ema_decay: validate and keep as best an exponential moving average of the weights.
     precision: of the forward pass; weights, sums and losses stay float32. float16 scales its losses.
     max_skipped_steps: steps in a row without finite loss and gradient that are left out before training ends.
-    loss_average: divide the summed cross-entropy by the `valid` pixels or by `all` (mmsegmentation).
-    class_weights: one factor per class.
+    losses: the terms of the loss; by default L_seg + 0.4 L_attn + 0.4 L_aux.
     """
 
     iterations: Positive = 160_000
@@ -45,10 +44,20 @@ class TrainConfig(Strict):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     precision: Precision = "float32"
     max_skipped_steps: Natural = 5
-    loss_average: LossAverage = "all"
-    attention_loss_weight: Annotated[float, Field(ge=0)] = 0.4
-    auxiliary_loss_weight: Annotated[float, Field(ge=0)] = 0.4
-    class_weights: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=False)] | None = None
-    label_smoothing: Share = 0.0
+    losses: Annotated[tuple[LossConfig, ...], Field(strict=False)] = DEFAULT_LOSSES
     validate_every: Positive = 16_000
     checkpoint_every: Positive = 4_000
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_keys_are_terms(cls, values: Any) -> Any:
+        return with_named_losses(values)
+
+    @model_validator(mode="after")
+    def _terms_are_told_apart(self) -> TrainConfig:
+        names = [term.name for term in self.losses]
+        if len(set(names)) < len(names):
+            raise ValueError(f"`losses` has terms of one name: {', '.join(names)}; rename one")
+        if all(term.of != "logits" for term in self.losses):
+            raise ValueError("no term of `losses` is `of` the `logits`; without one nothing is learned")
+        return self

@@ -14,8 +14,8 @@ import numpy as np
 from segdeformer.config import IGNORE_INDEX
 from segdeformer.data import landcover
 from segdeformer.data.classes import ClassTable, default_colors, load_classes
-from segdeformer.data.datasets import Sample, identity_map
 from segdeformer.data.landcover.blocks import Tile, cut, sample_window, val_tiles
+from segdeformer.data.samples import Sample, identity_map
 from segdeformer.errors import UserError
 
 TRAIN_WINDOWS = 32_768  # an epoch; they overlap, and together cover the training blocks many times

@@ -17,7 +17,7 @@ from segdeformer.errors import UserError
 Color = tuple[int, int, int]  # RGB
 
 EXAMPLE = 'names = ["road", "car"]'
-CLASS_TABLES = Path(__file__).parent / "class_tables"
+CLASS_TABLES = Path(__file__).parent / "published" / "class_tables"
 KEYS = ("names", "colors")
 
 

@@ -6,45 +6,25 @@ A data set is opened by one plain function from its folder and split. H height, 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import cv2
 import numpy as np
 
 from segdeformer.config import IGNORE_INDEX, DataConfig, DataName
+from segdeformer.data.built_in import LandcoverDataset, SyntheticDataset
 from segdeformer.data.classes import CLASS_TABLES, ClassTable, load_classes
 from segdeformer.data.folders import Layout, Pair, list_files, pair_files
 from segdeformer.data.images import read_image, read_labels
+from segdeformer.data.samples import Dataset, LabelMap, Sample, Splits, identity_map
 from segdeformer.errors import UsageError, UserError
+from segdeformer.plugins import check_attributes, explained, find_part, is_path, refuse
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
-BUILT_IN: tuple[DataName, ...] = ("landcover", "synthetic")  # these need no folder
-
-LabelMap = Mapping[int, int]  # id in the file -> class id, or 255; every other id is an error
-
-
-class Sample(NamedTuple):
-    image_HW3: np.ndarray  # uint8 RGB
-    labels_HW: np.ndarray  # uint8 class ids; 255 = ignore
-    name: str
-
-
-class Dataset(Protocol):
-    """Samples by index; reading one is deterministic and has no side effects."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def split(self) -> str: ...
-    @property
-    def classes(self) -> ClassTable: ...
-    @property
-    def label_map(self) -> LabelMap: ...
-    def __len__(self) -> int: ...
-    def read(self, index: int) -> Sample: ...
+BUILT_IN: tuple[str, ...] = ("landcover", "synthetic")  # these need no folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +94,6 @@ def _explain_ids(unknown: list[int], label_map: LabelMap) -> str:
     return text + "is it a 0/255 mask or a grey picture? write one class id per pixel"
 
 
-def identity_map(num_classes: int) -> LabelMap:
-    return {IGNORE_INDEX: IGNORE_INDEX} | {label: label for label in range(num_classes)}
-
-
 # ADE20K: 0 is "other objects", ignored.
 ADE20K_MAP: LabelMap = dict.fromkeys((IGNORE_INDEX, 0), IGNORE_INDEX) | {k + 1: k for k in range(150)}
 
@@ -148,18 +124,54 @@ def open_dataset(config: DataConfig, split: Literal["train", "val"]) -> Dataset:
     Raises `UserError` when folders, files or partners are missing, `UsageError` when there is no root.
     """
     folder = split_name(config, split)
+    if is_path(config.name):
+        return _own_dataset(config, folder)
     if config.name == "landcover":
-        from segdeformer.data.built_in import LandcoverDataset
-
         return LandcoverDataset(folder)
     if config.name == "synthetic":
-        from segdeformer.data.built_in import SyntheticDataset
-
         return SyntheticDataset(folder)
     source = find_source(config, split)
     pairs = pair_files(source.layout)
     classes, label_map = load_meaning(source)
     return FileDataset(name=config.name, split=folder, classes=classes, pairs=pairs, label_map=label_map)
+
+
+def _own_dataset(config: DataConfig, split: str) -> Dataset:
+    """Data of one's own, whose first sample is looked at."""
+    path, what = config.name, "data set"
+    make = find_part(path, what)
+    with explained(path, what):
+        dataset = make(root=config.root, split=split, **(config.options or {}))
+    check_attributes(dataset, path, what, "name", "split", "classes", "label_map", "__len__", "read")
+    if not isinstance(dataset.classes, ClassTable):
+        raise refuse(path, what, f"classes of type {type(dataset.classes).__name__}", "a ClassTable")
+    if len(dataset):
+        with explained(path, what):
+            image_HW3, labels_HW, _ = dataset.read(0)
+            came = f"{image_HW3.dtype} {image_HW3.shape} and {labels_HW.dtype} {labels_HW.shape}"
+            fits = image_HW3.shape == (*labels_HW.shape, 3) and image_HW3.ndim == 3
+        if not fits or image_HW3.dtype != np.uint8 or labels_HW.dtype != np.uint8:
+            raise refuse(path, what, came, "a uint8 image (H, W, 3) and uint8 labels (H, W)")
+    made: Dataset = dataset
+    return made
+
+
+def open_splits(config: DataConfig) -> Splits:
+    """Both splits; raises what `open_dataset` raises."""
+    return Splits(open_dataset(config, "train"), open_dataset(config, "val"))
+
+
+def choose_data(config: DataConfig, spec: str | None = None, classes: Path | None = None) -> DataConfig:
+    """The data of a recipe, or what `--data` and `--classes` say instead; all paths absolute.
+
+    So a run can be evaluated from anywhere. Raises `UsageError` for data that is not known.
+    """
+    given = config if spec is None else parse_data_spec(spec)
+    root = str(Path(given.root).resolve()) if given.root else ""
+    changes: dict[str, Any] = {"name": given.name, "root": root, "options": given.options}
+    if classes is not None or config.classes:
+        changes["classes"] = str((classes or Path(str(config.classes))).resolve())
+    return config.model_copy(update=changes)
 
 
 def split_name(config: DataConfig, split: Literal["train", "val"]) -> str:
@@ -208,24 +220,25 @@ def _ade20k(root: Path, split: str) -> tuple[Layout, LabelMap]:
 
 
 def _cityscapes(root: Path, split: str) -> tuple[Layout, LabelMap]:
-    images, labels = f"leftImg8bit/{split}", f"gtFine/{split}"
-    if list_files(root / labels, ("_gtFine_labelTrainIds.png",)).found:
-        ending, label_map = "_gtFine_labelTrainIds.png", identity_map(19)
-    else:
-        ending, label_map = "_gtFine_labelIds.png", CITYSCAPES_MAP
-    return Layout(root, images, ("_leftImg8bit.png",), labels, (ending,)), label_map
+    ids, train_ids = ("_gtFine_labelIds.png", CITYSCAPES_MAP), ("_gtFine_labelTrainIds.png", identity_map(19))
+    return _with_labels(root, f"leftImg8bit/{split}", "_leftImg8bit.png", f"gtFine/{split}", train_ids, ids)
 
 
 def _coco_stuff(root: Path, split: str) -> tuple[Layout, LabelMap]:
-    images, labels = f"images/{split}2017", f"annotations/{split}2017"
-    if list_files(root / labels, ("_labelTrainIds.png",)).found:
-        ending, label_map = "_labelTrainIds.png", identity_map(171)
-    else:
-        ending, label_map = ".png", COCO_STUFF_MAP
-    return Layout(root, images, (".jpg",), labels, (ending,)), label_map
+    ids, train_ids = (".png", COCO_STUFF_MAP), ("_labelTrainIds.png", identity_map(171))
+    return _with_labels(root, f"images/{split}2017", ".jpg", f"annotations/{split}2017", train_ids, ids)
 
 
-_PUBLISHED: dict[DataName, Callable[[Path, str], tuple[Layout, LabelMap]]] = {
+def _with_labels(
+    root: Path, images: str, ending: str, labels: str, *formats: tuple[str, LabelMap]
+) -> tuple[Layout, LabelMap]:
+    """With the first of the formats (ending, meaning) that has a file, else the last."""
+    there = [known for known in formats if list_files(root / labels, (known[0],)).found]
+    label_ending, label_map = (there or formats[-1:])[0]
+    return Layout(root, images, (ending,), labels, (label_ending,)), label_map
+
+
+_PUBLISHED: dict[str, Callable[[Path, str], tuple[Layout, LabelMap]]] = {
     "ade20k": _ade20k,
     "cityscapes": _cityscapes,
     "coco_stuff": _coco_stuff,

@@ -2,8 +2,8 @@
 
 Position p = iteration * batch size + place in the batch. Epoch p // n goes through the n samples in an order
 drawn from (seed, epoch); the crop at p is drawn from (seed, p). So batch i can be made without those before
-it, by any worker, and any part of it by any process: resuming costs nothing, and the number of workers,
-processes and accumulated parts changes nothing.
+it, by any worker, and any slice of it by any process: resuming costs nothing, and the number of workers,
+processes and micro-batches changes nothing.
 
 B batch, H W crop size, 3 RGB.
 """
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from segdeformer.config import Recipe
-from segdeformer.data.datasets import Dataset, Sample
+from segdeformer.data.samples import Dataset, Sample
 from segdeformer.data.transforms import Crop, augment
 from segdeformer.data.workers import deafen, watched
 from segdeformer.errors import UserError
@@ -39,8 +39,8 @@ class Batch(NamedTuple):
     skipped: tuple[str, ...] = ()  # for each sample that another one stands in for: why it could not be read
 
 
-class Part(NamedTuple):
-    """Which share of every global batch: places of the batch, in order, split evenly."""
+class LocalSlice(NamedTuple):
+    """Which images of every global batch are whose: its places, in order, split evenly."""
 
     rank: int = 0
     num_processes: int = 1
@@ -69,16 +69,16 @@ def training_batches(
 ) -> Generator[Batch, None, None]:
     """The batches of iterations start ... stop - 1, made in the process itself or by worker processes.
 
-    A process gets its contiguous share of each global batch, in `accumulation` micro-batches one after
+    A process gets its contiguous images of each global batch, in `accumulation` micro-batches one after
     another. Pin memory when they go to a GPU. PyTorch's random state is left alone.
 
     bad_images: `stop` raises the `UserError` of a sample that cannot be read when its batch is due; `skip`
     takes others in its place, drawn from (seed, position), and tells of it in `Batch.skipped`.
     Raises `UserError` when a worker process dies.
     """
-    part = Part(rank, num_processes, accumulation)
+    slice_ = LocalSlice(rank, num_processes, accumulation)
     loader = DataLoader(
-        _Batches(dataset, recipe, part, bad_images),
+        _Batches(dataset, recipe, slice_, bad_images),
         sampler=range(start * accumulation, stop * accumulation),
         batch_size=None,
         num_workers=workers,
@@ -156,15 +156,15 @@ def generator(seed: int, stream: int, index: int) -> np.random.Generator:
 class _Batches(TorchDataset[Batch | UserError]):
     """Micro-batches by number, for PyTorch's workers. Errors travel as values: it would add a traceback."""
 
-    def __init__(self, dataset: Dataset, recipe: Recipe, part: Part, bad_images: BadImages) -> None:
+    def __init__(self, dataset: Dataset, recipe: Recipe, local: LocalSlice, bad_images: BadImages) -> None:
         self.dataset = dataset
         self.recipe = recipe
-        self.part = part
+        self.local = local
         self.bad_images = bad_images
 
     def __getitem__(self, number: int) -> Batch | UserError:
-        iteration, micro = divmod(number, self.part.accumulation)
-        places = self.part.places(self.recipe.train.batch_size, micro)
+        iteration, micro = divmod(number, self.local.accumulation)
+        places = self.local.places(self.recipe.train.batch_size, micro)
         try:
             return training_batch(
                 self.dataset, self.recipe, iteration, places=places, bad_images=self.bad_images

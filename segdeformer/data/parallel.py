@@ -14,17 +14,18 @@ AHEAD = 4  # jobs begun or waiting per thread: enough to keep it busy, few enoug
 MOST_WORKERS = 16
 
 
-def default_workers() -> int:
-    """A thread for every core that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MOST_WORKERS)
+def num_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_threads(jobs: Iterable[Callable[[], T]], *, workers: int) -> Iterator[T]:
+def in_threads(jobs: Iterable[Callable[[], T]], *, workers: int | None = None) -> Iterator[T]:
     """The jobs' results in their order. Threads serve where OpenCV, zlib and hashing leave Python's lock.
 
+    workers: threads; a thread for every core if None, up to 16.
     When it is closed, or a job or Ctrl-C raises, jobs that have not begun are dropped.
     """
+    workers = workers or min(num_cores(), MOST_WORKERS)
     executor = ThreadPoolExecutor(workers)
     waiting: deque[Future[T]] = deque()
     try:

@@ -8,13 +8,17 @@ H W image size (of that moment), 3 RGB.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
-from segdeformer.config import IGNORE_INDEX, AugmentConfig, DataConfig, EvalConfig
-from segdeformer.data.datasets import Sample, level_counts
+from segdeformer.config import IGNORE_INDEX, AugmentConfig, DataConfig, EvalConfig, TransformConfig
+from segdeformer.data.datasets import level_counts
+from segdeformer.data.samples import Sample
+from segdeformer.plugins import bound_part, explained, refuse
 
 CROP_REDRAWS = 10
 BRIGHTNESS_SHIFT = 32.0
@@ -44,10 +48,34 @@ def augment(
     sample = random_resize(sample, config, rng)
     sample = random_crop(sample, config, rng)
     sample = random_flips(sample, config, rng)
-    image_HW3 = distort_colors(sample.image_HW3, rng) if config.photometric else sample.image_HW3
+    if config.photometric:
+        sample = sample._replace(image_HW3=distort_colors(sample.image_HW3, rng))
+    for transform in config.transforms or ():
+        sample = own_transform(sample, transform, rng)
     crop = out or Crop(np.empty((3, *config.crop), np.float32), np.empty(config.crop, np.uint8))
-    fill(crop, image_HW3, sample.labels_HW, data.mean, data.std)
+    fill(crop, sample.image_HW3, sample.labels_HW, data.mean, data.std)
     return crop
+
+
+def own_transform(sample: Sample, config: TransformConfig, rng: np.random.Generator) -> Sample:
+    """A transform of one's own; raises `UsageError` when it gives anything but such an image and labels."""
+    what = "transform"
+    transform = _bound_transform(config.model_dump_json())
+    with explained(config.path, what):
+        image_HW3, labels_HW = transform(sample.image_HW3, sample.labels_HW, rng)
+    arrays = (image_HW3, sample.image_HW3), (labels_HW, sample.labels_HW)
+    if any(getattr(new, "shape", None) != old.shape or new.dtype != np.uint8 for new, old in arrays):
+        came = [
+            f"{getattr(new, 'dtype', type(new).__name__)} {getattr(new, 'shape', '')}" for new, _ in arrays
+        ]
+        raise refuse(config.path, what, " and ".join(came), "uint8 and the sizes that came")
+    return sample._replace(image_HW3=image_HW3, labels_HW=labels_HW)
+
+
+@functools.cache
+def _bound_transform(config_json: str) -> Callable[..., Any]:
+    config = TransformConfig.model_validate_json(config_json)
+    return bound_part(config.path, "transform", config.options or {})
 
 
 def random_resize(sample: Sample, config: AugmentConfig, rng: np.random.Generator) -> Sample:

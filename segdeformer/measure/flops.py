@@ -44,11 +44,11 @@ def flop_counter() -> FlopCounterMode:
     counts more than the other implementations where it does. `model_flops` does not.
     """
     formulas: dict[Any, Callable[..., int]] = {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops
     }
     if importlib.util.find_spec("triton") is not None:
-        importlib.import_module("segdeformer.kernels.attention_triton")
-        importlib.import_module("segdeformer.kernels.external_attention_triton")
+        importlib.import_module("segdeformer.kernels.attention.operator")
+        importlib.import_module("segdeformer.kernels.external_attention.operator")
         formulas[torch.ops.segdeformer.attention] = _attention_flops
         formulas[torch.ops.segdeformer.external_attention] = _external_attention_flops
     if importlib.util.find_spec("torchvision") is not None:
@@ -63,9 +63,9 @@ def _attention_flops(queries: Shape, keys: Shape, values: Shape, *options: objec
     return 2 * batch * num_queries * keys[-2] * (queries[-1] + values[-1])
 
 
-def _external_attention_flops(scores: Shape, middle: Shape, *options: object, **more: object) -> int:
-    """Keys and values are both P, which is as large as the scores."""
-    return _attention_flops(scores, middle, middle)
+def _external_attention_flops(scores: Shape, class_logits: Shape, *options: object, **more: object) -> int:
+    """Keys and values are both P, which is as large as the class logits."""
+    return _attention_flops(scores, class_logits, class_logits)
 
 
 def _deformable_convolution_flops(
@@ -88,7 +88,7 @@ def model_flops(model: Segmenter, *, batch: int, size: tuple[int, int]) -> Flops
         images_B3HW = torch.empty(batch, 3, *size, device="cpu")
         with counter, metered(shadow, counter.get_total_flops) as readings:
             shadow(images_B3HW)
-    spent = {name: reading.after - reading.before for name, reading in readings.items()}
+    spent = {name: after - before for name, (before, after) in readings.items()}
     return Flops(counter.get_total_flops(), split_of(spent))
 
 

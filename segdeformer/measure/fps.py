@@ -10,20 +10,21 @@ from typing import NamedTuple
 import torch
 
 from segdeformer.config import Recipe, load_recipe
-from segdeformer.engine.device import explained_shortage
-from segdeformer.engine.implementation import settle_impl
 from segdeformer.errors import UserError
-from segdeformer.kernels.clock import synchronize
 from segdeformer.kernels.impl import Call, calls_noted, describe_impl
-from segdeformer.measure.contenders import Built, Contender, build, check_setting, make_run, random_images
+from segdeformer.kernels.tuning.clock import synchronize
+from segdeformer.measure.alternatives import Alternative, Built, build, check_setting, make_run, random_images
 from segdeformer.measure.flops import Flops, model_flops, printed_flops
+from segdeformer.measure.implementation import settle_impl
 from segdeformer.measure.machine import Machine, this_machine
 from segdeformer.measure.memory import Memory, measure_memory
-from segdeformer.measure.paper import PaperSpeed, paper_speeds
 from segdeformer.measure.parameters import count_recipe
 from segdeformer.measure.parts import Split
 from segdeformer.measure.speed import SPLIT_PASSES, Latency, Length, alternating_ms, latency, split_ms
 from segdeformer.models.skeleton import without_weights
+from segdeformer.paper.figures import PaperSpeed, paper_speeds
+from segdeformer.runtime import Runtime
+from segdeformer.runtime.device import explained_shortage
 
 # Table 7's, with which the paper makes its point.
 TRIO = ("ade20k-segformer-b2", "ade20k-segdeformer-b2", "ade20k-segdeformer-b2-efficient")
@@ -45,7 +46,7 @@ class Options(NamedTuple):
 class Measured(NamedTuple):
     """One model in one setting."""
 
-    contender: Contender
+    alternative: Alternative
     recipe: str
     folding: str
     impl: str  # what `auto` stands for here
@@ -83,7 +84,7 @@ class Comparison(NamedTuple):
 
 @torch.inference_mode()
 def compare(
-    contenders: Sequence[Contender],
+    alternatives: Sequence[Alternative],
     options: Options,
     device: torch.device,
     *,
@@ -94,40 +95,37 @@ def compare(
 
     Raises `UserError` when one cannot be had or does not run so.
     """
-    for contender in contenders:
-        check_setting(contender, device)
+    for alternative in alternatives:
+        check_setting(alternative, device)
     machine = this_machine(device)
     models = []
-    for contender in contenders:
-        say(f"building {contender.label}")
+    for alternative in alternatives:
+        say(f"building {alternative.label}")
         with explained_shortage(LESS):
-            models.append(build(contender, device))
+            models.append(build(alternative, device))
     for built in models:
-        _settle_auto(built, options, device, tell)
-    memories = {}
+        _settle_auto(built, options, tell)
+    memories: list[Memory | None] = []
     for built in models:
-        label = built.contender.label
-        say(f"memory of {label}")
-        memories[label] = _memory(built, options) if options.memory else None
+        say(f"memory of {built.alternative.label}")
+        memories.append(_memory(built, options) if options.memory else None)
     times_ms = _times(models, options, device, say)
     measured = []
-    for built in models:
-        label = built.contender.label
+    for built, memory in zip(models, memories, strict=True):
+        label = built.alternative.label
         say(f"parts of {label}")
-        measured.append(_measured(built, times_ms[label], memories[label], options, device))
+        measured.append(_measured(built, times_ms[label], memory, options))
     return Comparison(machine, str(device), options, measured)
 
 
-def _settle_auto(built: Built, options: Options, device: torch.device, tell: Callable[[str], None]) -> None:
+def _settle_auto(built: Built, options: Options, tell: Callable[[str], None]) -> None:
     """Compare what was not measured yet of this model's operations, where `auto` decides about them."""
-    contender = built.contender
-    setting = contender.setting._replace(compile=False, cuda_graphs=False)
-    eager = built._replace(contender=contender._replace(setting=setting))
+    setting = built.eager.alternative.setting
 
     def find_calls() -> list[Call]:
-        images_B3HW = random_images(options.batch, options.size, setting, device)
+        images_B3HW = random_images(built, options.batch, options.size)
         with calls_noted() as calls:
-            make_run(eager, images_B3HW, argmax=options.argmax)()
+            make_run(built.eager, images_B3HW, argmax=options.argmax)()
         return calls
 
     about = {
@@ -137,11 +135,11 @@ def _settle_auto(built: Built, options: Options, device: torch.device, tell: Cal
         "images": [options.batch, *options.size],
         "argmax": options.argmax,
     }
-    settle_impl(setting.impl, device, find_calls, about=about, say=tell)
+    settle_impl(Runtime(built.device, setting.impl), find_calls, about=about, say=tell)
 
 
 def _memory(built: Built, options: Options) -> Memory:
-    with _explained(built.contender.label):
+    with _explained(built.alternative.label):
         return measure_memory(built, batch=options.batch, size=options.size, argmax=options.argmax)
 
 
@@ -151,9 +149,9 @@ def _times(
     """Milliseconds of each round by label."""
     runs = {}
     for built in models:
-        label, setting = built.contender.label, built.contender.setting
+        label = built.alternative.label
         say(f"warming up {label}")
-        images_B3HW = random_images(options.batch, options.size, setting, device)
+        images_B3HW = random_images(built, options.batch, options.size)
         with _explained(label):
             runs[label] = make_run(built, images_B3HW, argmax=options.argmax)
             for _ in range(options.warmup):
@@ -182,21 +180,19 @@ def _explained(label: str) -> Iterator[None]:
         raise UserError(f"{label} does not run in this setting: {reason}") from None
 
 
-def _measured(
-    built: Built, times_ms: Sequence[float], memory: Memory | None, options: Options, device: torch.device
-) -> Measured:
-    setting, recipe = built.contender.setting, built.recipe
-    images_B3HW = random_images(options.batch, options.size, setting, device)
+def _measured(built: Built, times_ms: Sequence[float], memory: Memory | None, options: Options) -> Measured:
+    recipe, batch, size = built.recipe, options.batch, options.size
+    passes = min(len(times_ms), SPLIT_PASSES)
     return Measured(
-        contender=built.contender,
+        alternative=built.alternative,
         recipe=recipe.name,
         folding=built.folding,
-        impl=describe_impl(setting.impl, device),
+        impl=describe_impl(built.alternative.setting.impl, built.device),
         parameters=count_recipe(recipe).total,
-        flops=model_flops(built.model, batch=options.batch, size=options.size),
-        printed_flops=printed_flops(recipe.model, batch=options.batch, size=options.size),
-        latency=latency(times_ms, batch=options.batch),
-        split_ms=split_ms(built.model, images_B3HW, passes=min(len(times_ms), SPLIT_PASSES)),
+        flops=model_flops(built.model, batch=batch, size=size),
+        printed_flops=printed_flops(recipe.model, batch=batch, size=size),
+        latency=latency(times_ms, batch=batch),
+        split_ms=split_ms(built.model, random_images(built, batch, size), passes=passes),
         memory=memory,
         paper=_paper_speed(recipe),
     )

@@ -6,12 +6,13 @@ import datetime
 import importlib.util
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from segdeformer.kernels.commit import commit
+from segdeformer.commit import commit
 
 BUSY_LOAD = 0.3  # of a core taken by others; more distorts times
 
@@ -32,10 +33,11 @@ class Machine(NamedTuple):
         return f"the machine was busy before (load {self.load:.1f}): times are too long, ratios less so"
 
 
-def this_machine(device: torch.device) -> Machine:
-    """The machine as far as this device is concerned."""
+def this_machine(device: torch.device, *packages: str) -> Machine:
+    """The machine as far as this device is concerned, and the versions of further packages."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    hardware = cpu_name()
+    versions |= {package: version(package) for package in packages}
+    hardware = _cpu_name()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         hardware = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB; {hardware}"
@@ -49,7 +51,7 @@ def this_machine(device: torch.device) -> Machine:
     return Machine(hardware, torch.get_num_threads(), load, versions, commit(), today)
 
 
-def cpu_name() -> str:
+def _cpu_name() -> str:
     """The processor's name and how many cores this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     about = Path("/proc/cpuinfo")

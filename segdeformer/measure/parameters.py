@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from segdeformer.config import Recipe, load_recipe
 from segdeformer.errors import UserError
-from segdeformer.measure.paper import ParamsRow, params_rows
 from segdeformer.models.segmenter import Segmenter
 from segdeformer.models.skeleton import build_skeleton
+from segdeformer.paper.figures import ParamsRow, params_rows
 
 BASELINE_PERCENT = 0.5  # how far a baseline's count may lie from the paper's, or from a measured one
 SEGDEFORMER_PERCENT = 1.0

@@ -25,20 +25,13 @@ class Split(NamedTuple, Generic[T]):
     head: T | None
 
 
-class Reading(NamedTuple, Generic[T]):
-    """A meter (a clock, a counter) before and after a part."""
-
-    before: T
-    after: T
-
-
 @contextmanager
-def metered(model: Segmenter, read: Callable[[], T]) -> Iterator[dict[str, Reading[T]]]:
-    """Read a meter around the encoder, the decoder, its fusion and its head, as often as they run inside.
+def metered(model: Segmenter, read: Callable[[], T]) -> Iterator[dict[str, tuple[T, T]]]:
+    """Read a meter (a clock, a counter) before and after the encoder, the decoder, its fusion and its head.
 
     What it gives holds the last pass.
     """
-    readings: dict[str, Reading[T]] = {}
+    readings: dict[str, tuple[T, T]] = {}
     modules: dict[str, nn.Module] = {"encoder": model.encoder, "decoder": model.decoder}
     modules |= {name: part for name, part in model.decoder.named_children() if name in ("fusion", "head")}
     with ExitStack() as stack:
@@ -49,14 +42,14 @@ def metered(model: Segmenter, read: Callable[[], T]) -> Iterator[dict[str, Readi
 
 
 def _hooks(
-    name: str, module: nn.Module, read: Callable[[], T], readings: dict[str, Reading[T]]
+    name: str, module: nn.Module, read: Callable[[], T], readings: dict[str, tuple[T, T]]
 ) -> tuple[Any, Any]:
     def before(module: nn.Module, inputs: object) -> None:
         now = read()
-        readings[name] = Reading(now, now)
+        readings[name] = now, now
 
     def after(module: nn.Module, inputs: object, output: object) -> None:
-        readings[name] = readings[name]._replace(after=read())
+        readings[name] = readings[name][0], read()
 
     return module.register_forward_pre_hook(before), module.register_forward_hook(after)
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from segdeformer.kernels.clock import synchronize
-from segdeformer.measure.parts import Reading, Split, metered, split_of
+from segdeformer.kernels.tuning.clock import synchronize
+from segdeformer.measure.parts import Split, metered, split_of
 from segdeformer.models.segmenter import Segmenter
 
 LEAST_ROUNDS = 5
@@ -46,12 +46,12 @@ def alternating_ms(
     runs: Mapping[str, Callable[[], object]],
     *,
     length: Length,
-    wait: Callable[[], None],
+    wait: Callable[[], None] = lambda: None,
     clock: Clock = time.perf_counter,
 ) -> Iterator[dict[str, float]]:
     """Milliseconds of each run, round by round: first, second, ..., first, second, ...
 
-    wait: returns when the device has done all that it was given.
+    wait: returns when the device has done all that it was given; a CPU has.
     """
     began = clock()
     num_rounds = 0
@@ -86,12 +86,10 @@ def percentile(values: Sequence[float], percent: float) -> float:
 def split_ms(model: Segmenter, images_B3HW: Tensor, *, passes: int) -> Split[float]:
     """Milliseconds of each part, the median of some passes of the plain model (not compiled, no graph)."""
     splits = [_one_split(model, images_B3HW) for _ in range(passes)]
-    encoder, fusion, context = (
-        statistics.median(getattr(split, part) for split in splits) / 1e6
-        for part in ("encoder", "fusion", "context")
-    )
-    heads = [split.head for split in splits if split.head is not None]
-    return Split(encoder, fusion, context, statistics.median(heads) / 1e6 if heads else None)
+    medians = [
+        None if None in times else statistics.median(times) / 1e6 for times in zip(*splits, strict=True)
+    ]
+    return Split(*medians)
 
 
 def _one_split(model: Segmenter, images_B3HW: Tensor) -> Split[int]:
@@ -101,17 +99,13 @@ def _one_split(model: Segmenter, images_B3HW: Tensor) -> Split[int]:
         with metered(model, lambda: _recorded_event(device)) as events:
             model(images_B3HW)
         synchronize(device)
-        return split_of({name: _event_ns(reading) for name, reading in events.items()})
+        return split_of({name: round(1e6 * a.elapsed_time(b)) for name, (a, b) in events.items()})
     with metered(model, time.perf_counter_ns) as readings:
         model(images_B3HW)
-    return split_of({name: reading.after - reading.before for name, reading in readings.items()})
+    return split_of({name: after - before for name, (before, after) in readings.items()})
 
 
 def _recorded_event(device: torch.device) -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)
     event.record(torch.cuda.current_stream(device))
     return event
-
-
-def _event_ns(reading: Reading[torch.cuda.Event]) -> int:
-    return round(1e6 * reading.before.elapsed_time(reading.after))

@@ -6,20 +6,18 @@ Two projection styles: `affine` is the paper's equations, `conv_bn_relu` the aut
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segdeformer.config import ContextConfig, Projection
 from segdeformer.kernels.attention import attention
 from segdeformer.kernels.external_attention import external_attention
 from segdeformer.kernels.impl import Impl
 from segdeformer.models.layers import TokenConvBNReLU, Tokens, initialise_decoder, keys_of, tokens_of
 from segdeformer.models.momentum import MomentumTokens
-
-if TYPE_CHECKING:  # modules need no recipe
-    from segdeformer.config import ContextConfig, ExternalConfig, Projection
 
 ExternalForm = Literal["low_rank", "plain"]
 MLP_RATIO = 4
@@ -27,7 +25,7 @@ MLP_RATIO = 4
 
 class ExternalContext(NamedTuple):
     context_BNC: Tensor
-    middle_BNK: Tensor  # float32, Attn_mid of Eq. 6, before the softmax
+    class_logits_BNK: Tensor  # float32, Attn_mid of Eq. 6, before the softmax
 
 
 class ContextOutput(NamedTuple):
@@ -77,28 +75,24 @@ class InternalAttention(nn.Module):
     def forward(self, tokens: Tokens) -> Tensor:
         pixels_BNC = tokens.pixels_BNC
         sources_BMC = self.reduce(tokens) if self.reduce else pixels_BNC
-        mixed = attention(
-            split_heads(self.query(pixels_BNC), self.heads),
-            split_heads(keys_of(self.key, sources_BMC), self.heads),
-            split_heads(self.value(sources_BMC), self.heads),
-            scale=self.scale,
-            impl=self.impl,
+        queries, keys = self.query(pixels_BNC), keys_of(self.key, sources_BMC)
+        mixed_BNC = multi_head_attention(
+            queries, keys, self.value(sources_BMC), heads=self.heads, scale=self.scale, impl=self.impl
         )
-        return self.output(join_heads(mixed, self.heads))
+        return self.output(mixed_BNC)
 
 
-def split_heads(tokens_BNC: Tensor, heads: int) -> Tensor:
-    """Heads into the batch: (B * heads, N, C / heads)."""
+def multi_head_attention(
+    queries_BNC: Tensor, keys_BMC: Tensor, values_BME: Tensor, *, heads: int, scale: float, impl: Impl
+) -> Tensor:
+    """Attention with heads in the batch, (B * heads, N, C / heads); returns (B, N, E)."""
     if heads == 1:
-        return tokens_BNC
-    return tokens_BNC.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)
-
-
-def join_heads(tokens: Tensor, heads: int) -> Tensor:
-    """The inverse of `split_heads`."""
-    if heads == 1:
-        return tokens
-    return tokens.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
+        return attention(queries_BNC, keys_BMC, values_BME, scale=scale, impl=impl)
+    split = [
+        x.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1) for x in (queries_BNC, keys_BMC, values_BME)
+    ]
+    mixed = attention(*split, scale=scale, impl=impl)
+    return mixed.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
 
 
 class InternalBlock(nn.Module):
@@ -143,13 +137,6 @@ class ClassTokens(nn.Module):
         return self.info_KC, self.info_KC if self.class_KC is None else self.class_KC
 
 
-def build_tokens(config: ExternalConfig, num_classes: int, width: int) -> ClassTokens | MomentumTokens:
-    """The external tokens that a recipe names."""
-    if config.momentum is not None:
-        return MomentumTokens(num_classes, width, momentum=config.momentum)
-    return ClassTokens(num_classes, width, decouple=config.decouple)
-
-
 class ExternalAttention(nn.Module):
     """Eqs. 6 and 7: each pixel becomes a mixture of class prototypes, then attends to those mixtures.
 
@@ -192,16 +179,16 @@ class ExternalAttention(nn.Module):
         info_KC, class_KC = self.tokens.tables()
         prototypes_KC = self.middle_value(info_KC)
         keys_KC = keys_of(self.middle_key, class_KC)
-        middle_BNK = (self.middle_query(tokens.pixels_BNC) @ keys_KC.T) * self.scale
-        middle_BNK = middle_BNK.to(torch.promote_types(middle_BNK.dtype, torch.float32))
+        class_logits_BNK = (self.middle_query(tokens.pixels_BNC) @ keys_KC.T) * self.scale
+        class_logits_BNK = class_logits_BNK.to(torch.promote_types(class_logits_BNK.dtype, torch.float32))
         if self.second_stage and self.low_rank:
             return ExternalContext(
-                self._second_low_rank(tokens.pixels_BNC, middle_BNK, prototypes_KC), middle_BNK
+                self._second_low_rank(tokens.pixels_BNC, class_logits_BNK, prototypes_KC), class_logits_BNK
             )
-        mixtures_BNC = middle_BNK.softmax(dim=-1).to(prototypes_KC.dtype) @ prototypes_KC
+        mixtures_BNC = class_logits_BNK.softmax(dim=-1).to(prototypes_KC.dtype) @ prototypes_KC
         if not self.second_stage:
-            return ExternalContext(mixtures_BNC, middle_BNK)
-        return ExternalContext(self._second_plain(tokens, mixtures_BNC), middle_BNK)
+            return ExternalContext(mixtures_BNC, class_logits_BNK)
+        return ExternalContext(self._second_plain(tokens, mixtures_BNC), class_logits_BNK)
 
     def _second_plain(self, tokens: Tokens, mixtures_BNC: Tensor) -> Tensor:
         """Eq. 7 as printed."""
@@ -215,14 +202,14 @@ class ExternalAttention(nn.Module):
         )
         return self.output(mixed_BNC)
 
-    def _second_low_rank(self, pixels_BNC: Tensor, middle_BNK: Tensor, prototypes_KC: Tensor) -> Tensor:
+    def _second_low_rank(self, pixels_BNC: Tensor, class_logits_BNK: Tensor, prototypes_KC: Tensor) -> Tensor:
         """Eq. 7 through K x C keys and values: Z (G Wve) + bve, Z = softmax(Qe (G Wke)^T P^T) P."""
         assert isinstance(self.key, nn.Linear)
         assert isinstance(self.value, nn.Linear)
         keys_KC = prototypes_KC @ self.key.weight.T
         values_KC = prototypes_KC @ self.value.weight.T
         scores_BNK = self.query(pixels_BNC) @ keys_KC.T
-        mixed_BNK = external_attention(scores_BNK, middle_BNK, scale=self.scale, impl=self.impl)
+        mixed_BNK = external_attention(scores_BNK, class_logits_BNK, scale=self.scale, impl=self.impl)
         # The key's bias shifts whole rows of scores, so softmax ignores it: its gradient is 0, not absent.
         return F.linear(mixed_BNK, values_KC.T, self.value.bias + 0.0 * self.key.bias)
 
@@ -246,7 +233,7 @@ class Context(nn.Module):
         external = self.external(tokens)
         return ContextOutput(
             tokens._replace(pixels_BNC=mixed_BNC + external.context_BNC),
-            external.middle_BNK if self.supervised else None,
+            external.class_logits_BNK if self.supervised else None,
         )
 
 
@@ -278,9 +265,14 @@ def build_context(
             )
         )
     if config.external is not None:
+        tokens: ClassTokens | MomentumTokens
+        if config.external.momentum is not None:
+            tokens = MomentumTokens(num_classes, width, momentum=config.external.momentum)
+        else:
+            tokens = ClassTokens(num_classes, width, decouple=config.external.decouple)
         external = ExternalAttention(
             width,
-            build_tokens(config.external, num_classes, width),
+            tokens,
             second_stage=config.external.second_stage,
             projection=config.projection,
             reduction=config.reduction,

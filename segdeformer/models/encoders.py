@@ -10,18 +10,17 @@ import contextlib
 import difflib
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segdeformer.config import EncoderConfig
 from segdeformer.errors import UsageError, UserError
 from segdeformer.models.mit import MIT_SIZES, MiT
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-
-    from segdeformer.config import EncoderConfig
+from segdeformer.models.own import build_own_encoder
+from segdeformer.plugins import is_path
 
 # timm marks these as of fixed input size, for their training; their code takes any size.
 ANY_SIZE_MODELS = {"MultiScaleVit", "SwiftFormer", "Twins", "VisionTransformerSAM", "Xcit"}
@@ -107,15 +106,41 @@ class TimmEncoder(nn.Module):
                 )
 
 
+class WeightsReport(NamedTuple):
+    """What a file gave to an encoder. `missing` are our names, `unexpected` the file's."""
+
+    source: str
+    source_format: str
+    loaded: int
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    resampled: tuple[str, ...]
+    passed_over: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """For the terminal: a summary, and a line for each list that is not empty."""
+        lists = {
+            "resampled to this size": self.resampled,
+            "missing in the file, left as initialised": self.missing,
+            "in the file but not used": self.unexpected,
+            "objects in the file that were not read": self.passed_over,
+        }
+        summary = f"encoder weights: {self.loaded} tensors from {self.source} ({self.source_format} names)"
+        return [summary, *(f"  {title}: {', '.join(names)}" for title, names in lists.items() if names)]
+
+
 # Both are modules with `.channels` and `.strides` of length four, which return four maps.
 Encoder = MiT | TimmEncoder
 
 
-def build_encoder(config: EncoderConfig) -> Encoder:
+def build_encoder(config: EncoderConfig) -> Any:
     """Build the encoder with random weights, or timm's pretrained ones for `weights = "timm"`.
 
-    A weights file is not read here: `load_encoder_weights` does that, and reports what it loaded.
+    A weights file is not read here: `weights.build` does that.
     """
+    if is_path(config.name):
+        weights = {} if config.weights == "none" else {"weights": config.weights}
+        return build_own_encoder(config.name, weights | (config.options or {}))
     if config.name in MIT_SIZES:
         return _build_mit(config)
     return _build_timm(config)
@@ -127,33 +152,32 @@ def _build_mit(config: EncoderConfig) -> MiT:
             f"timm has no weights for `{config.name}`; set encoder.weights to a file in the names of "
             "Hugging Face, NVlabs or mmsegmentation"
         )
-    if config.taps is not None:
-        raise UsageError(f"`model.encoder.taps` is for flat (ViT) encoders; `{config.name}` is a pyramid")
+    if config.out_indices is not None:
+        raise UsageError(
+            f"`model.encoder.out_indices` is for flat (ViT) encoders; `{config.name}` is a pyramid"
+        )
     if config.feature_norm:
         raise UsageError(f"`model.encoder.feature_norm`: `{config.name}` normalises its maps already")
     return MiT(MIT_SIZES[config.name], drop_path=config.drop_path)
 
 
 def _build_timm(config: EncoderConfig) -> TimmEncoder:
-    _check_name(config.name)
-    wanted = {
-        "dynamic_img_size": True,  # ViTs: resample the position grid to each image
-        "strict_img_size": False,  # Swins: make the window masks for each image
-        "always_partition": True,  # Swins: no smaller windows if the first image size is small
-        "img_size": config.image_size,
-        "drop_path_rate": config.drop_path,  # 0 too: Swin's own default is 0.1
-    }
-    backbone, accepted = _create(config, {k: v for k, v in wanted.items() if v is not None})
-    if config.drop_path and "drop_path_rate" not in accepted:
-        raise UsageError(f"`model.encoder.drop_path`: `{config.name}` has no drop path; set it to 0")
+    import timm
 
+    _check_name(config.name)
+    pretrained = config.weights == "timm"
+    if pretrained and not timm.is_model_pretrained(config.name):
+        raise UserError(f"timm has no weights for `{config.name}`; set encoder.weights to `none` or a file")
+    backbone, accepted = create_timm(
+        config, lambda **options: timm.create_model(config.name, pretrained=pretrained, **options)
+    )
     if not hasattr(backbone, "forward_intermediates"):
         raise UserError(
             f"encoder `{config.name}` gives no feature maps in this version of timm; take another"
         )
     levels = _choose_levels(config, [info["reduction"] for info in backbone.feature_info])
     infos = [backbone.feature_info[level] for level in levels]
-    strides = _four(info["reduction"] for info in infos)
+    strides = four(info["reduction"] for info in infos)
     backbone.prune_intermediate_layers(list(levels), prune_norm=True, prune_head=True)
     if isinstance(getattr(backbone, "head", None), nn.Module):  # ConvNeXt's keeps its norm in timm 1.0.19
         backbone.head = nn.Identity()
@@ -175,7 +199,7 @@ def _build_timm(config: EncoderConfig) -> TimmEncoder:
         backbone,
         name=config.name,
         levels=levels,
-        channels=_four(info["num_chs"] for info in infos),
+        channels=four(info["num_chs"] for info in infos),
         strides=strides,
         multiple=multiple,
         fixed_size=None if any_size else built_size,
@@ -195,55 +219,47 @@ def _check_name(name: str) -> None:
     raise UsageError(f"`model.encoder.name`: neither a MiT nor a timm model is called `{name}`; {hint}")
 
 
-def _create(config: EncoderConfig, options: dict[str, Any]) -> tuple[Any, set[str]]:
-    """Build the timm model with as many of the options as it takes; return it and their names."""
-    import timm
-
-    pretrained = config.weights == "timm"
-    if pretrained and not timm.is_model_pretrained(config.name):
-        raise UserError(f"timm has no weights for `{config.name}`; set encoder.weights to `none` or a file")
-    with explained_download(config.name):
-        return with_accepted_options(
-            lambda **accepted: timm.create_model(config.name, pretrained=pretrained, **accepted), options
-        )
-
-
-def with_accepted_options(create: Callable[..., Any], options: dict[str, Any]) -> tuple[Any, set[str]]:
-    """Create a timm model with as many of the options as it takes; return it and their names.
+def create_timm(config: EncoderConfig, create: Callable[..., Any]) -> tuple[Any, set[str]]:
+    """Create a timm model with as many of our options as it takes; return it and their names.
 
     timm cannot say which arguments a model takes, but a model refuses the others before it builds.
     """
-    while True:
-        try:
-            return create(**options), set(options)
-        except TypeError as error:
-            refused = {option for option in options if f"'{option}'" in str(error)}
-            if "unexpected keyword" not in str(error) or not refused:
-                raise
-            options = {k: v for k, v in options.items() if k not in refused}
+    wanted = {
+        "dynamic_img_size": True,  # ViTs: resample the position grid to each image
+        "strict_img_size": False,  # Swins: make the window masks for each image
+        "always_partition": True,  # Swins: no smaller windows if the first image size is small
+        "img_size": config.image_size,
+        "drop_path_rate": config.drop_path,  # 0 too: Swin's own default is 0.1
+    }
+    options = {name: value for name, value in wanted.items() if value is not None}
+    with explained_download(config.name):
+        while True:
+            try:
+                model = create(**options)
+                break
+            except TypeError as error:
+                refused = {option for option in options if f"'{option}'" in str(error)}
+                if "unexpected keyword" not in str(error) or not refused:
+                    raise
+                options = {k: v for k, v in options.items() if k not in refused}
+    if config.drop_path and "drop_path_rate" not in options:
+        raise UsageError(f"`model.encoder.drop_path`: `{config.name}` has no drop path; set it to 0")
+    return model, set(options)
 
 
 @contextlib.contextmanager
 def explained_download(name: str) -> Iterator[None]:
     """Weights that cannot be downloaded are one line, without the hub client's line for every retry."""
-    try:
-        with _quiet_hub():
-            yield
-    except OSError as error:
-        raise UserError(
-            f"the weights of `{name}` could not be downloaded ({type(error).__name__}); without a "
-            "network, set encoder.weights to a .safetensors or .pth file in timm's names"
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Without the hub client's line for every retry."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         yield
+    except OSError as error:
+        raise UserError(
+            f"the weights of `{name}` could not be downloaded ({type(error).__name__}); without a "
+            "network, set encoder.weights to a .safetensors or .pth file in timm's names"
+        ) from error
     finally:
         logger.setLevel(level)
 
@@ -252,15 +268,17 @@ def _choose_levels(config: EncoderConfig, reductions: list[int]) -> tuple[int, i
     """Indices of the four maps among those that the model offers, finest first."""
     count = len(reductions)
     flat = len(set(reductions)) == 1
-    if config.taps is not None:
+    if config.out_indices is not None:
         if not flat:
-            raise UsageError(f"`model.encoder.taps` is for flat (ViT) encoders; `{config.name}` is a pyramid")
-        if max(config.taps) >= count or list(config.taps) != sorted(set(config.taps)):
             raise UsageError(
-                f"`model.encoder.taps`: {list(config.taps)} must ascend and stay below the {count} blocks "
-                f"of `{config.name}`"
+                f"`model.encoder.out_indices` is for flat (ViT) encoders; `{config.name}` is a pyramid"
             )
-        return config.taps
+        if max(config.out_indices) >= count or list(config.out_indices) != sorted(set(config.out_indices)):
+            raise UsageError(
+                f"`model.encoder.out_indices`: {list(config.out_indices)} must ascend and stay below the "
+                f"{count} blocks of `{config.name}`"
+            )
+        return config.out_indices
     if flat:
         levels = [count * (i + 1) // 4 - 1 for i in range(4)]  # 12 blocks: 2, 5, 8, 11
     else:
@@ -272,9 +290,10 @@ def _choose_levels(config: EncoderConfig, reductions: list[int]) -> tuple[int, i
             f"encoder `{config.name}` gives {count} maps, at strides {reductions}, and four are needed; "
             "choose another"
         )
-    return _four(levels)
+    return four(levels)
 
 
-def _four(values: Iterable[int]) -> tuple[int, int, int, int]:
+def four(values: Iterable[int]) -> tuple[int, int, int, int]:
+    """Exactly four numbers, one a map."""
     a, b, c, d = values
     return a, b, c, d

@@ -35,8 +35,7 @@ from segdeformer.models.context import (
     InternalAttention,
     InternalBlock,
     Reduce,
-    join_heads,
-    split_heads,
+    multi_head_attention,
 )
 from segdeformer.models.fusion import Fusion
 from segdeformer.models.layers import SegOutput, Tokens
@@ -69,7 +68,7 @@ class Parts(NamedTuple, Generic[T]):
     queries: T | None  # C wide
     keys: T | None  # C wide; None with reduction, as the next
     values: T | None  # E wide, X Wv W_h or X Wv
-    middle: T | None  # K wide, A
+    class_logits: T | None  # K wide, A
     external: T | None  # Q~, K wide; with reduction Qe, C wide
     logits: T  # K wide, X W_h and all constants
 
@@ -93,16 +92,8 @@ class FoldedInternal(nn.Module):
             keys, values = reduced_BMW[..., :width], reduced_BMW[..., width:]
         assert keys is not None
         assert values is not None
-        heads = self.heads
-        mixed_BNE = join_heads(
-            attention(
-                split_heads(parts.queries, heads),
-                split_heads(keys, heads),
-                split_heads(values, heads),
-                scale=1.0,
-                impl=self.impl,
-            ),
-            heads,
+        mixed_BNE = multi_head_attention(
+            parts.queries, keys, values, heads=self.heads, scale=1.0, impl=self.impl
         )
         return mixed_BNE if self.head is None else self.head(mixed_BNE)
 
@@ -117,11 +108,11 @@ class FoldedExternal(nn.Module):
         self.values = values  # K x K, from mixtures of classes to logits; None with `reduce`
 
     def forward(self, tokens: Tokens, parts: Parts[Tensor]) -> Tensor:
-        middle_BNK, queries = parts.middle, parts.external
-        assert middle_BNK is not None
+        class_logits_BNK, queries = parts.class_logits, parts.external
+        assert class_logits_BNK is not None
         if queries is not None and self.values is not None:
-            return self.values(external_attention(queries, middle_BNK, scale=1.0, impl=self.impl))
-        shares_BNK = middle_BNK.softmax(dim=-1).to(tokens.pixels_BNC.dtype)
+            return self.values(external_attention(queries, class_logits_BNK, scale=1.0, impl=self.impl))
+        shares_BNK = class_logits_BNK.softmax(dim=-1).to(tokens.pixels_BNC.dtype)
         if queries is None:
             assert self.values is not None
             return self.values(shares_BNK)
@@ -195,11 +186,12 @@ class FoldedDecoder(nn.Module):
             parts = self._parts(together, pixels_BNC, "queries", "keys", "values")
             logits_BNK = logits_BNK + self.internal(tokens, parts)
         if self.external is not None:
-            parts = self._parts(together, pixels_BNC, "middle", "external")
-            assert parts.middle is not None
-            middle_BNK = parts.middle.to(torch.promote_types(parts.middle.dtype, torch.float32))
-            class_map = tokens._replace(pixels_BNC=middle_BNK).as_map() if self.supervised else None
-            logits_BNK = logits_BNK + self.external(tokens, parts._replace(middle=middle_BNK))
+            parts = self._parts(together, pixels_BNC, "class_logits", "external")
+            assert parts.class_logits is not None
+            wide = torch.promote_types(parts.class_logits.dtype, torch.float32)
+            class_logits_BNK = parts.class_logits.to(wide)
+            class_map = tokens._replace(pixels_BNC=class_logits_BNK).as_map() if self.supervised else None
+            logits_BNK = logits_BNK + self.external(tokens, parts._replace(class_logits=class_logits_BNK))
         return SegOutput(tokens._replace(pixels_BNC=logits_BNK).as_map(), class_map, None)
 
     def _parts(self, together: Parts[Tensor] | None, pixels_BNC: Tensor, *names: str) -> Parts[Tensor]:
@@ -302,7 +294,7 @@ def _fold_external(
     middle_key, middle_value = _affine(outer.middle_key), _affine(outer.middle_value)
     class_keys_KC = class_KC @ middle_key.weight_OI.T + middle_key.bias_O
     prototypes_KC = info_KC @ middle_value.weight_OI.T + middle_value.bias_O
-    parts = parts._replace(middle=_affine(outer.middle_query).then(class_keys_KC).scaled(outer.scale))
+    parts = parts._replace(class_logits=_affine(outer.middle_query).then(class_keys_KC).scaled(outer.scale))
     if not outer.second_stage:
         values = _linear(head_KC @ prototypes_KC.T)
         return FoldedExternal(impl=outer.impl, reduce=None, values=values), parts

@@ -6,20 +6,19 @@ MLP fusion (Eq. 1) is here, the others are in `upernet` and `fpn`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segdeformer.config import FaPNConfig, FPNConfig, MLPFusionConfig, OwnFusionConfig, UperNetConfig
 from segdeformer.errors import UsageError
 from segdeformer.models.fapn import AlignedPyramid
 from segdeformer.models.fpn import FeaturePyramid, PyramidFusion
 from segdeformer.models.layers import ConvBNReLU, Tokens, initialise_decoder, resize, tokens_of
 from segdeformer.models.neck import NECK_SCALES, MultiLevelNeck
+from segdeformer.models.own import build_own_fusion
 from segdeformer.models.upernet import UperNetFusion
-
-if TYPE_CHECKING:  # modules need no recipe
-    from segdeformer.config import FaPNConfig, FPNConfig, MLPFusionConfig, UperNetConfig
 
 
 class MLPFusion(nn.Module):
@@ -72,14 +71,18 @@ Fusion = MLPFusion | UperNetFusion | PyramidFusion
 
 
 def build_fusion(
-    config: MLPFusionConfig | UperNetConfig | FPNConfig | FaPNConfig,
+    config: MLPFusionConfig | UperNetConfig | FPNConfig | FaPNConfig | OwnFusionConfig,
     channels: Sequence[int],
     strides: Sequence[int] = (4, 8, 16, 32),
-) -> Fusion:
+) -> Any:
     """The fusion that `config.kind` names, for encoder maps of these channels and strides.
 
     Raises `UsageError` for a neck behind a pyramid encoder, `UserError` when `fapn` lacks torchvision.
     """
+    if isinstance(config, OwnFusionConfig):
+        return build_own_fusion(
+            config.kind, channels, strides, width=config.width, options=config.options or {}
+        )
     if config.kind == "mlp":
         return MLPFusion(channels, width=config.width, depth=config.depth, projection=config.projection)
     neck = None

@@ -1,7 +1,7 @@
 """Dropout that does not depend on how a batch is shared out.
 
-Every process and every accumulated part draws the numbers of the whole batch and takes those of its own
-images. B images of this part, C channels.
+Every process and every micro-batch draws the numbers of the whole batch and takes those of its own
+images. B images of this micro-batch, C channels.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from segdeformer.models.mit import DropPath
 class PlacedDropout(nn.Module):
     """A dropout whose numbers are one per image, per image and channel, or per element.
 
-    first, total: where this part's images stand in the whole batch, see `put_place`. In one part it draws the
-    numbers that PyTorch's and timm's modules draw.
+    first, total: where this micro-batch's images stand in the whole batch, see `put_place`. Where there is
+    only one, it draws the numbers that PyTorch's and timm's modules draw.
     """
 
     def __init__(self, rate: float, *, of: Literal["images", "channels", "elements"]) -> None:

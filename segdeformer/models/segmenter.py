@@ -7,15 +7,16 @@ neck, four times that; K classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from torch import Tensor, nn
 
+from segdeformer.config import ModelConfig, ThirdPartyConfig
 from segdeformer.errors import UsageError
 from segdeformer.kernels.impl import Impl, check_impl
 from segdeformer.models.batch_norms import fused_encoder
 from segdeformer.models.context import Context, ExternalForm, build_context
-from segdeformer.models.encoders import Encoder, build_encoder
+from segdeformer.models.encoders import Encoder, WeightsReport, build_encoder
 from segdeformer.models.folding import (
     FoldedDecoder,
     fold_decoder,
@@ -26,13 +27,9 @@ from segdeformer.models.folding import (
 from segdeformer.models.fusion import Fusion, build_fusion
 from segdeformer.models.layers import ConvBNReLU, SegOutput, Tokens, initialise_decoder
 from segdeformer.models.momentum import MomentumTokens
-from segdeformer.models.peers import PeerDecoder, PeerEncoder, build_peer
-from segdeformer.models.weights import WeightsReport, load_encoder_weights
+from segdeformer.models.third_party import ThirdPartyDecoder, ThirdPartyEncoder, build_third_party
 
-if TYPE_CHECKING:  # modules need no recipe
-    from segdeformer.config import ModelConfig
-
-PEER_OBSTACLE = 'fusion.kind = "peer", whose decoder is another package\'s'
+THIRD_PARTY_OBSTACLE = 'fusion.kind = "third_party", whose decoder is another package\'s'
 
 
 class Head(nn.Module):
@@ -108,8 +105,8 @@ class Segmenter(nn.Module):
     def __init__(
         self,
         *,
-        encoder: Encoder | PeerEncoder,
-        decoder: SegDeformer | FoldedDecoder | PeerDecoder,
+        encoder: Encoder | ThirdPartyEncoder,
+        decoder: SegDeformer | FoldedDecoder | ThirdPartyDecoder,
         auxiliary: AuxiliaryHead | None = None,
         weights_report: WeightsReport | None = None,
     ) -> None:
@@ -136,8 +133,8 @@ class Segmenter(nn.Module):
         """
         if isinstance(self.decoder, FoldedDecoder):
             return self
-        if isinstance(self.decoder, PeerDecoder) or isinstance(self.encoder, PeerEncoder):
-            refuse_folding(PEER_OBSTACLE)
+        if isinstance(self.decoder, ThirdPartyDecoder) or isinstance(self.encoder, ThirdPartyEncoder):
+            refuse_folding(THIRD_PARTY_OBSTACLE)
         decoder = self.decoder.fold()
         folded = Segmenter(
             encoder=fused_encoder(self.encoder), decoder=decoder, weights_report=self.weights_report
@@ -159,8 +156,8 @@ class Segmenter(nn.Module):
         match self.decoder:
             case FoldedDecoder():
                 return None
-            case PeerDecoder():
-                return PEER_OBSTACLE
+            case ThirdPartyDecoder():
+                return THIRD_PARTY_OBSTACLE
             case _:
                 return folding_obstacle(self.decoder.context)
 
@@ -183,10 +180,10 @@ def build_decoder(
     strides: of the encoder maps; only fusions `fpn` and `fapn`, and a neck, depend on them.
     impl: see `segdeformer.kernels.impl`. external_form `plain` runs Eq. 7 as printed instead of in
     its exact low-rank form. Neither changes results beyond rounding.
-    Raises `UsageError` for a peer, whose decoder comes with an encoder of its own.
+    Raises `UsageError` for a third-party model, whose decoder comes with an encoder of its own.
     """
-    if config.fusion.kind == "peer":
-        raise UsageError('`model.fusion.kind` = "peer" is a whole model; use `build_model`')
+    if isinstance(config.fusion, ThirdPartyConfig):
+        raise UsageError('`model.fusion.kind` = "third_party" is a whole model; use `build_model`')
     context = None
     if config.context is not None:
         context = build_context(
@@ -203,28 +200,26 @@ def build_decoder(
     )
 
 
-def build_model(
+def build_segmenter(
     config: ModelConfig, *, impl: Impl = "auto", external_form: ExternalForm = "low_rank"
 ) -> Segmenter:
-    """The whole model of a recipe, its encoder loaded as `config.encoder.weights` says.
+    """The whole model of a recipe; a weights file of its encoder is not read here, see `weights.build`.
 
-    Options as in `build_decoder`. Raises `UserError` when the encoder or its weights cannot be had.
+    Options as in `build_decoder`. Raises `UserError` when the encoder cannot be had.
     """
-    encoder: Encoder | PeerEncoder
-    decoder: SegDeformer | PeerDecoder
-    if config.fusion.kind == "peer":
-        encoder, decoder = build_peer(config)
-        report = _encoder_report(encoder, config)
+    encoder: Encoder | ThirdPartyEncoder
+    decoder: SegDeformer | ThirdPartyDecoder
+    if isinstance(config.fusion, ThirdPartyConfig):
+        encoder, decoder = build_third_party(config)
     else:
         encoder = build_encoder(config.encoder)
-        report = _encoder_report(encoder, config)
         decoder = build_decoder(
             config, encoder.channels, strides=encoder.strides, impl=impl, external_form=external_form
         )
     auxiliary = None
     if config.auxiliary is not None:
         in_channels = encoder.channels[config.auxiliary.stage - 1]
-        if not in_channels:  # of a peer with fewer than four maps
+        if not in_channels:  # of a third-party model with fewer than four maps
             raise UsageError(
                 f"`model.auxiliary.stage`: this encoder has no stage {config.auxiliary.stage}; take an "
                 "earlier one"
@@ -236,11 +231,4 @@ def build_model(
             width=config.auxiliary.width,
             dropout=config.head.dropout,
         )
-    return Segmenter(encoder=encoder, decoder=decoder, auxiliary=auxiliary, weights_report=report)
-
-
-def _encoder_report(encoder: Encoder | PeerEncoder, config: ModelConfig) -> WeightsReport | None:
-    """Load the encoder's weights file, if the recipe names one."""
-    if config.encoder.weights in ("none", "timm"):
-        return None
-    return load_encoder_weights(encoder, config.encoder.weights)
+    return Segmenter(encoder=encoder, decoder=decoder, auxiliary=auxiliary)

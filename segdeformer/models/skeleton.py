@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from segdeformer.config import ModelConfig
 from segdeformer.models.context import ExternalForm
-from segdeformer.models.segmenter import Segmenter, build_model
+from segdeformer.models.segmenter import Segmenter, build_segmenter
 
 
 def without_weights(config: ModelConfig) -> ModelConfig:
@@ -24,7 +24,7 @@ def build_skeleton(config: ModelConfig, *, external_form: ExternalForm = "low_ra
     Raises `UserError` when it cannot be built, as for want of a package.
     """
     with torch.device("meta"), _RatesOnCPU():
-        return build_model(without_weights(config), external_form=external_form).eval()
+        return build_segmenter(without_weights(config), external_form=external_form).eval()
 
 
 class _RatesOnCPU(TorchFunctionMode):

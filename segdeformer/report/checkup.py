@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from segdeformer import __version__
-from segdeformer.data.datasets import Sample
-from segdeformer.data.doctor import Checkup, SplitSummary
+from segdeformer.data.check.doctor import Checkup
+from segdeformer.data.check.statistics import WEIGHT_RULE
 from segdeformer.data.images import write_png
-from segdeformer.data.statistics import WEIGHT_RULE
+from segdeformer.data.samples import Sample
 from segdeformer.errors import UserError
 from segdeformer.files import write_text
 from segdeformer.report.overlays import Labelled, overlay_page
+from segdeformer.version import __version__
 
 
 def write_checkup(path: Path, checkup: Checkup) -> None:
@@ -29,7 +28,16 @@ def write_checkup(path: Path, checkup: Checkup) -> None:
             for found in checkup.findings
         ],
         "classes": list(checkup.classes.names),
-        "splits": {split: _split(summary) for split, summary in checkup.splits.items()},
+        "splits": {
+            split: {
+                "name": summary.name,
+                "pairs": summary.num_pairs,
+                "pixels_by_class": summary.histogram.pixels_K.tolist(),
+                "images_by_class": summary.histogram.images_K.tolist(),
+                "ignored_pixels": summary.histogram.ignored,
+            }
+            for split, summary in checkup.splits.items()
+        },
         "recipe": {
             "mean": scale and list(scale.mean),
             "std": scale and list(scale.std),
@@ -38,17 +46,6 @@ def write_checkup(path: Path, checkup: Checkup) -> None:
         },
     }
     write_text(path, json.dumps(report, indent=2) + "\n")
-
-
-def _split(summary: SplitSummary) -> dict[str, Any]:
-    histogram = summary.histogram
-    return {
-        "name": summary.name,
-        "pairs": summary.num_pairs,
-        "pixels_by_class": histogram.pixels_K.tolist(),
-        "images_by_class": histogram.images_K.tolist(),
-        "ignored_pixels": histogram.ignored,
-    }
 
 
 def write_overlays(path: Path, samples: Iterable[tuple[str, Sample]], checkup: Checkup) -> None:

@@ -21,6 +21,7 @@ from segdeformer.report.lettering import (
     paragraph,
     shortened,
     text_width,
+    wrapped,
     write,
 )
 
@@ -44,11 +45,11 @@ class GainLine(NamedTuple):
     """A row of the plot. gain, low, high: None when there is no run yet. note: instead of them."""
 
     name: str
-    gain: float | None
-    low: float | None
-    high: float | None
-    each_seed: tuple[float, ...]
-    paper: float | None
+    gain: float | None = None
+    low: float | None = None
+    high: float | None = None
+    each_seed: tuple[float, ...] = ()
+    paper: float | None = None
     note: str = ""
 
 
@@ -60,7 +61,7 @@ def gains_plot(lines: Sequence[GainLine], *, title: str, subtitle: str) -> np.nd
     left = MARGIN_PX + name_px + 28
     width = left + PLOT_PX + 28 + value_px + MARGIN_PX
     heading = paragraph(title, width - 2 * MARGIN_PX, TITLE_PX)
-    told = _wrapped(subtitle, width - 2 * MARGIN_PX)
+    told = wrapped(subtitle, SMALL_PX, width - 2 * MARGIN_PX)
     top = MARGIN_PX + heading.shape[0] + round(1.45 * SMALL_PX * len(told)) + 56
     bottom = top + LINE_PX * len(lines)
     canvas_HW3 = blank(bottom + 132, width)
@@ -69,39 +70,32 @@ def gains_plot(lines: Sequence[GainLine], *, title: str, subtitle: str) -> np.nd
         baseline = MARGIN_PX + heading.shape[0] + round(1.45 * SMALL_PX * (number + 1))
         write(canvas_HW3, text, MARGIN_PX, baseline, SMALL_PX, color=FAINT_INK)
 
-    axis = _axis(lines)
-    places = _Places(left, axis.low, axis.high)
+    axis = _axis(lines, left)
     for tick in axis.ticks:
-        x = places.x(tick)
+        x = axis.x(tick)
         color = ZERO if tick == 0 else GRID
         canvas_HW3[top - 10 : bottom + 4, x - 1 : x + 1] = color
         text = "0" if tick == 0 else f"{tick:+.{axis.decimals}f}"
         write(canvas_HW3, text, x - text_width(text, SMALL_PX) // 2, bottom + 30, SMALL_PX, color=FAINT_INK)
     for number, line in enumerate(lines):
-        _draw_line(canvas_HW3, line, places, top + LINE_PX * number + LINE_PX // 2, name_px)
+        _draw_line(canvas_HW3, line, axis, top + LINE_PX * number + LINE_PX // 2, name_px)
     _draw_legend(canvas_HW3, bottom + 84, left, lines)
     return canvas_HW3
 
 
 class _Axis(NamedTuple):
-    low: float
-    high: float
+    """The range, and where it lies: from points to px."""
+
+    left: int
     ticks: tuple[float, ...]
     decimals: int
 
-
-class _Places(NamedTuple):
-    """From points to px."""
-
-    left: int
-    low: float
-    high: float
-
     def x(self, value: float) -> int:
-        return self.left + round(PLOT_PX * (value - self.low) / (self.high - self.low))
+        low, high = self.ticks[0], self.ticks[-1]
+        return self.left + round(PLOT_PX * (value - low) / (high - low))
 
 
-def _axis(lines: Sequence[GainLine]) -> _Axis:
+def _axis(lines: Sequence[GainLine], left: int) -> _Axis:
     """A range with zero and all figures in it, and round ticks."""
     values = [0.0]
     for line in lines:
@@ -112,7 +106,7 @@ def _axis(lines: Sequence[GainLine]) -> _Axis:
     step = next(size * m for m in (1, 2, 5, 10, 20) if reach / (size * m) <= MOST_TICKS - 2)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     ticks = tuple(round(step * i, 9) for i in range(first, max(last, first + 1) + 1))
-    return _Axis(ticks[0], ticks[-1], ticks, max(0, -math.floor(math.log10(step) + 1e-9)))
+    return _Axis(left, ticks, max(0, -math.floor(math.log10(step) + 1e-9)))
 
 
 def _value_text(line: GainLine) -> str:
@@ -121,23 +115,21 @@ def _value_text(line: GainLine) -> str:
     return f"{line.gain:+.2f}  ({line.low:+.2f} to {line.high:+.2f})"
 
 
-def _draw_line(canvas_HW3: np.ndarray, line: GainLine, places: _Places, y: int, name_px: int) -> None:
+def _draw_line(canvas_HW3: np.ndarray, line: GainLine, axis: _Axis, y: int, name_px: int) -> None:
     name = shortened(line.name, TEXT_PX, name_px)
     write(canvas_HW3, name, MARGIN_PX, y + round(0.35 * TEXT_PX), TEXT_PX)
     text = _value_text(line)
     color = FAINT_INK if line.gain is None else INK
-    write(canvas_HW3, text, places.left + PLOT_PX + 28, y + round(0.35 * SMALL_PX), SMALL_PX, color=color)
-    strip = canvas_HW3[y - LINE_PX // 2 : y + LINE_PX // 2, : places.left + PLOT_PX + 24]
+    write(canvas_HW3, text, axis.left + PLOT_PX + 28, y + round(0.35 * SMALL_PX), SMALL_PX, color=color)
+    strip = canvas_HW3[y - LINE_PX // 2 : y + LINE_PX // 2, : axis.left + PLOT_PX + 24]
     middle = LINE_PX // 2
     shapes = _Shapes(strip)
     if line.gain is not None and line.low is not None and line.high is not None:
-        shapes.bar(places.x(line.low), places.x(line.high), middle, OURS)
-        for gain in line.each_seed:
-            shapes.dot(places.x(gain), middle, 6, SEED)
-        shapes.caps(places.x(line.low), places.x(line.high), middle, OURS)
-        shapes.dot(places.x(line.gain), middle, 9, OURS)
+        seeds = [axis.x(gain) for gain in line.each_seed]
+        shapes.interval(axis.x(line.low), axis.x(line.high), middle, OURS, seeds)
+        shapes.dot(axis.x(line.gain), middle, 9, OURS)
     if line.paper is not None:
-        shapes.diamond(places.x(line.paper), middle, 11, PAPER)
+        shapes.diamond(axis.x(line.paper), middle, 11, PAPER)
     shapes.finish()
 
 
@@ -149,16 +141,13 @@ def _draw_legend(canvas_HW3: np.ndarray, y: int, left: int, lines: Sequence[Gain
     if any(line.paper is not None for line in lines):
         entries.append(("paper (ADE20K)", 24, "paper"))
     gap = 44
-    total = sum(mark + 12 + text_width(text, SMALL_PX) for text, mark, _ in entries) + gap * (
-        len(entries) - 1
-    )
+    total = sum(mark + 12 + text_width(text, SMALL_PX) + gap for text, mark, _ in entries) - gap
     x = max(MARGIN_PX, left + (PLOT_PX - total) // 2)
     for text, mark, kind in entries:
         shapes = _Shapes(canvas_HW3[y - 20 : y + 20])
         match kind:
             case "bar":
-                shapes.bar(x + 4, x + mark - 4, 20, OURS)
-                shapes.caps(x + 4, x + mark - 4, 20, OURS)
+                shapes.interval(x + 4, x + mark - 4, 20, OURS)
                 shapes.dot(x + mark // 2, 20, 9, OURS)
             case "seed":
                 shapes.dot(x + mark // 2, 20, 6, SEED)
@@ -176,12 +165,11 @@ class _Shapes:
         self.under_HW3 = under_HW3
         self.large_HW3 = under_HW3.repeat(FINER, axis=0).repeat(FINER, axis=1)
 
-    def bar(self, left: int, right: int, y: int, color: Color) -> None:
-        """The line from end to end."""
+    def interval(self, left: int, right: int, y: int, color: Color, seeds: Sequence[int] = ()) -> None:
+        """A line from end to end, dots on it, and its ends above dots that lie there."""
         self._box(left, right, y, 2, color)
-
-    def caps(self, left: int, right: int, y: int, color: Color) -> None:
-        """The ends of a bar, above dots that lie there."""
+        for x in seeds:
+            self.dot(x, y, 6, SEED)
         self._box(left - 1, left + 2, y, 9, color)
         self._box(right - 2, right + 1, y, 9, color)
 
@@ -204,14 +192,3 @@ class _Shapes:
         """Put them onto the canvas."""
         height, width = self.under_HW3.shape[:2]
         self.under_HW3[:] = cv2.resize(self.large_HW3, (width, height), interpolation=cv2.INTER_AREA)
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    lines: list[str] = []
-    for word in text.split():
-        joined = f"{lines[-1]} {word}" if lines else word
-        if lines and text_width(joined, SMALL_PX) <= width:
-            lines[-1] = joined
-        else:
-            lines.append(shortened(word, SMALL_PX, width))
-    return lines

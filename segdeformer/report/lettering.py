@@ -93,15 +93,23 @@ def shortened(text: str, size_px: int, room_px: int) -> str:
     return ""
 
 
-def paragraph(text: str, width: int, size_px: int) -> np.ndarray:
-    """Bold text, wrapped between words."""
+def wrapped(
+    text: str, size_px: int, width: int, *, bold: bool = False, longest_word: int | None = None
+) -> list[str]:
+    """Lines broken between words; a word that is longer than a line, or `longest_word`, is shortened."""
     lines: list[str] = []
     for word in text.split():
-        joined = f"{lines[-1]} {word}" if lines else word
-        if lines and text_width(joined, size_px, bold=True) <= width:
-            lines[-1] = joined
+        line = f"{lines[-1]} {word}" if lines else word
+        if lines and text_width(line, size_px, bold=bold) <= width:
+            lines[-1] = line
         else:
-            lines.append(shortened(word, size_px, round(0.9 * width)))
+            lines.append(shortened(word, size_px, longest_word or width))
+    return lines
+
+
+def paragraph(text: str, width: int, size_px: int) -> np.ndarray:
+    """Bold text, wrapped between words."""
+    lines = wrapped(text, size_px, width, bold=True, longest_word=round(0.9 * width))
     paragraph_HW3 = blank(round(1.35 * size_px * len(lines)), width)
     for i, line in enumerate(lines):
         write(paragraph_HW3, line, 0, round(1.35 * size_px * i) + size_px, size_px, bold=True)

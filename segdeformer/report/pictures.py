@@ -82,7 +82,7 @@ def with_legend(
     picture_HW3: np.ndarray,
     names: Sequence[str],
     colors: Sequence[Color],
-    shown_ids: Sequence[int],
+    shown_ids: Sequence[int] | np.ndarray,
     shares: Sequence[float] | np.ndarray | None = None,
 ) -> np.ndarray:
     """The picture on white, with a legend of the classes in `shown_ids` beside or below it.
@@ -96,28 +96,25 @@ def with_legend(
     if shares is not None:
         ids.sort(key=lambda i: -shares[i])
     entries = [_Entry(colors[i], names[i], "" if shares is None else _percent(float(shares[i]))) for i in ids]
-    picture_HW3 = _enlarged(picture_HW3, MIN_PICTURE_PX)
+    picture_HW3, text_px = _enlarged(picture_HW3)
     height, width = picture_HW3.shape[:2]
-    text_px = max(MIN_TEXT_PX, round(max(height, width) / 64))
     margin = text_px
-
     picture_HW3 = _outlined(picture_HW3)
     if not entries:
-        return _framed(picture_HW3, margin)
+        return framed(picture_HW3, margin)
 
-    def screen_and_area(choice: tuple[int, int]) -> tuple[float, int]:
-        axis, columns = choice
-        legend_h, legend_w = _legend_size(entries, text_px, columns)
+    def screen_and_area(choice: tuple[int, _Legend]) -> tuple[float, int]:
+        axis, legend = choice
         if axis == BESIDE:
-            all_h, all_w = max(height, legend_h), width + margin + legend_w
+            all_h, all_w = max(height, legend.height), width + margin + legend.width
         else:
-            all_h, all_w = height + margin + legend_h, max(width, legend_w)
+            all_h, all_w = height + margin + legend.height, max(width, legend.width)
         return max(all_w, SCREEN_RATIO * all_h), all_w * all_h
 
     # The legend that leaves the picture largest on a screen; of several such, the one with the least white.
-    choices = itertools.product((BELOW, BESIDE), range(1, len(entries) + 1))
-    axis, columns = min(choices, key=screen_and_area)
-    return _framed(_joined([picture_HW3, _legend(entries, text_px, columns)], axis=axis, gap=margin), margin)
+    legends = [_Legend(entries, text_px, columns) for columns in range(1, len(entries) + 1)]
+    axis, legend = min(itertools.product((BELOW, BESIDE), legends), key=screen_and_area)
+    return framed(joined([picture_HW3, legend.draw()], axis=axis, gap=margin), margin)
 
 
 def confidence_map(confidence_HW: np.ndarray) -> np.ndarray:
@@ -131,10 +128,8 @@ def confidence_map(confidence_HW: np.ndarray) -> np.ndarray:
 
 def with_color_bar(picture_HW3: np.ndarray, *, title: str = "confidence") -> np.ndarray:
     """A confidence map on white, with the scale of its colours below."""
-    picture_HW3 = _enlarged(picture_HW3, MIN_PICTURE_PX)
-    height, width = picture_HW3.shape[:2]
-    text_px = max(MIN_TEXT_PX, round(max(height, width) / 64))
-    bar_width = max(text_width(title, text_px, bold=True), min(width, 28 * text_px))
+    picture_HW3, text_px = _enlarged(picture_HW3)
+    bar_width = max(text_width(title, text_px, bold=True), min(picture_HW3.shape[1], 28 * text_px))
     bar_h, line_h = text_px, round(1.7 * text_px)
     scale_HW3 = blank(line_h + bar_h + line_h, bar_width)
     write(scale_HW3, title, 0, text_px, text_px, bold=True)
@@ -144,7 +139,7 @@ def with_color_bar(picture_HW3: np.ndarray, *, title: str = "confidence") -> np.
     for tick in (0, 0.5, 1):
         left = round(tick * (bar_width - text_width(f"{tick:g}", text_px)))
         write(scale_HW3, f"{tick:g}", left, baseline, text_px, color=FAINT_INK)
-    return _framed(_joined([_outlined(picture_HW3), scale_HW3], axis=BELOW, gap=text_px), text_px)
+    return framed(joined([_outlined(picture_HW3), scale_HW3], axis=BELOW, gap=text_px), text_px)
 
 
 def comparison_sheet(
@@ -191,12 +186,13 @@ def comparison_sheet(
         for i, (row, triple) in enumerate(zip(rows[block], triples[block], strict=True)):
             _draw_block(line_HW3, row, triple, i * (block_w + 4 * gap), cell_w + gap, text_px)
         lines.append(line_HW3)
-    parts.append(_joined(lines, axis=BELOW, gap=round(0.5 * text_px)))
+    parts.append(joined(lines, axis=BELOW, gap=round(0.5 * text_px)))
     entries = _entries_of(rows, names, colors)
-    columns = range(len(entries), 0, -1)
-    fitting = next(c for c in columns if c == 1 or _legend_size(entries, text_px, c)[1] <= width)
-    parts.append(_legend(entries, text_px, fitting, width))
-    return _framed(_joined(parts, axis=BELOW, gap=round(1.1 * text_px)), 2 * text_px)
+    legends = (_Legend(entries, text_px, columns) for columns in range(len(entries), 0, -1))
+    parts.append(
+        next(legend for legend in legends if legend.rows == len(entries) or legend.width <= width).draw(width)
+    )
+    return framed(joined(parts, axis=BELOW, gap=round(1.1 * text_px)), 2 * text_px)
 
 
 # Sheets.
@@ -226,12 +222,7 @@ def _headings(blocks: int, width: int, cell_w: int, gap: int, text_px: int) -> n
 
 
 def _draw_block(
-    line_HW3: np.ndarray,
-    row: Comparison,
-    triple: list[np.ndarray],
-    left: int,
-    pitch: int,
-    text_px: int,
+    line_HW3: np.ndarray, row: Comparison, triple: list[np.ndarray], left: int, pitch: int, text_px: int
 ) -> None:
     """Three tiles, `pitch` px from one to the next, and their caption, into the line at `left`."""
     height, width = triple[0].shape[:2]
@@ -266,62 +257,46 @@ class _Entry(NamedTuple):
     share: str
 
 
-class _LegendGrid(NamedTuple):
-    """A legend's measures in px. Entries run down the columns."""
+class _Legend:
+    """Swatch, name and share of every entry, in columns that entries run down. All measures in px."""
 
-    rows: int
-    row_h: int
-    column_w: int
-    column_gap: int
+    def __init__(self, entries: Sequence[_Entry], text_px: int, columns: int) -> None:
+        self.text_px = text_px
+        longest = LONGEST_NAME_EM * text_px
+        self.entries = [entry._replace(name=shortened(entry.name, text_px, longest)) for entry in entries]
+        name_w, share_w = (
+            max(text_width(text, text_px) for text in texts)
+            for texts in ([e.name for e in self.entries], [e.share for e in entries])
+        )
+        self.rows = math.ceil(len(entries) / columns)
+        self.gaps = math.ceil(len(entries) / self.rows) - 1
+        self.column_w = round(1.6 * text_px) + name_w + (round(0.9 * text_px) + share_w if share_w else 0)
+        self.row_h, self.gap_w = round(1.65 * text_px), round(1.8 * text_px)
+        self.height = self.rows * self.row_h
+        self.width = (self.gaps + 1) * self.column_w + self.gaps * self.gap_w
 
-
-def _legend_grid(entries: Sequence[_Entry], text_px: int, columns: int) -> _LegendGrid:
-    name_w = max(text_width(_short_name(e.name, text_px), text_px) for e in entries)
-    share_w = max(text_width(e.share, text_px) for e in entries)
-    return _LegendGrid(
-        rows=math.ceil(len(entries) / columns),
-        row_h=round(1.65 * text_px),
-        column_w=round(1.6 * text_px) + name_w + (round(0.9 * text_px) + share_w if share_w else 0),
-        column_gap=round(1.8 * text_px),
-    )
-
-
-def _legend_size(entries: Sequence[_Entry], text_px: int, columns: int) -> tuple[int, int]:
-    """Height and width in px."""
-    grid = _legend_grid(entries, text_px, columns)
-    used = math.ceil(len(entries) / grid.rows)
-    return grid.rows * grid.row_h, used * grid.column_w + (used - 1) * grid.column_gap
-
-
-def _legend(entries: Sequence[_Entry], text_px: int, columns: int, width: int | None = None) -> np.ndarray:
-    """Swatch, name and share of every entry, in columns, which spread over `width` within reason."""
-    grid = _legend_grid(entries, text_px, columns)
-    height, least_width = _legend_size(entries, text_px, columns)
-    gap, gaps = grid.column_gap, math.ceil(len(entries) / grid.rows) - 1
-    if width is not None and gaps:
-        gap = min(gap + (width - least_width) // gaps, WIDEST_GAP_EM * text_px)
-    legend_HW3 = blank(height, least_width + gaps * (gap - grid.column_gap))
-    for index, entry in enumerate(entries):
-        column, row = divmod(index, grid.rows)
-        left = column * (grid.column_w + gap)
-        top = row * grid.row_h + (grid.row_h - text_px) // 2
-        cv2.rectangle(legend_HW3, (left, top), (left + text_px - 1, top + text_px - 1), OUTLINE, cv2.FILLED)
+    def draw(self, width: int | None = None) -> np.ndarray:
+        """The columns spread over `width` within reason."""
+        text_px, gap = self.text_px, self.gap_w
+        if width is not None and self.gaps:
+            gap = min(gap + (width - self.width) // self.gaps, WIDEST_GAP_EM * text_px)
+        legend_HW3 = blank(self.height, self.width + self.gaps * (gap - self.gap_w))
         line = max(1, text_px // 16)
-        legend_HW3[top + line : top + text_px - line, left + line : left + text_px - line] = entry.color
-        baseline = top + round(0.86 * text_px)
-        name = _short_name(entry.name, text_px)
-        write(legend_HW3, name, left + round(1.6 * text_px), baseline, text_px)
-        right = left + grid.column_w - text_width(entry.share, text_px)
-        write(legend_HW3, entry.share, right, baseline, text_px, color=FAINT_INK)
-    return legend_HW3
+        for index, entry in enumerate(self.entries):
+            column, row = divmod(index, self.rows)
+            left, top = column * (self.column_w + gap), row * self.row_h + (self.row_h - text_px) // 2
+            swatch_HW3 = legend_HW3[top : top + text_px, left : left + text_px]
+            swatch_HW3[:] = OUTLINE
+            swatch_HW3[line:-line, line:-line] = entry.color
+            baseline = top + round(0.86 * text_px)
+            write(legend_HW3, entry.name, left + round(1.6 * text_px), baseline, text_px)
+            right = left + self.column_w - text_width(entry.share, text_px)
+            write(legend_HW3, entry.share, right, baseline, text_px, color=FAINT_INK)
+        return legend_HW3
 
 
 def _percent(share: float) -> str:
     return "<0.1%" if 0 < share < 0.0005 else f"{share:.1%}"
-
-
-def _short_name(name: str, text_px: int) -> str:
-    return shortened(name, text_px, LONGEST_NAME_EM * text_px)
 
 
 # Pixels.
@@ -347,8 +322,7 @@ def _check_sizes(image_HW3: np.ndarray, labels_HW: np.ndarray, where: str = "") 
 
 
 def _color_table(colors: Sequence[Color]) -> np.ndarray:
-    table = np.empty((IGNORE_INDEX + 1, 3), np.uint8)
-    table[:] = IGNORED_COLOR
+    table = np.full((IGNORE_INDEX + 1, 3), IGNORED_COLOR, np.uint8)
     table[: len(colors)] = np.asarray(colors, np.uint8).reshape(-1, 3)
     return table
 
@@ -357,15 +331,17 @@ def _viridis(level_HW: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(cv2.applyColorMap(level_HW, cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB)
 
 
-def _enlarged(picture_HW3: np.ndarray, least_px: int) -> np.ndarray:
-    return _enlarged_by(picture_HW3, math.ceil(least_px / max(picture_HW3.shape[:2])))
+def _enlarged(picture_HW3: np.ndarray) -> tuple[np.ndarray, int]:
+    """The picture in a size that has room for text, and the text's size in px."""
+    picture_HW3 = _enlarged_by(picture_HW3, math.ceil(MIN_PICTURE_PX / max(picture_HW3.shape[:2])))
+    return picture_HW3, max(MIN_TEXT_PX, round(max(picture_HW3.shape[:2]) / 64))
 
 
 def _enlarged_by(picture_HW3: np.ndarray, factor: int) -> np.ndarray:
     return picture_HW3.repeat(factor, axis=0).repeat(factor, axis=1) if factor > 1 else picture_HW3
 
 
-def _joined(pictures: Sequence[np.ndarray], *, axis: int, gap: int) -> np.ndarray:
+def joined(pictures: Sequence[np.ndarray], *, axis: int, gap: int) -> np.ndarray:
     """Pictures below (axis 0) or beside (axis 1) each other, aligned at the left or top."""
     across = 1 - axis
     size = [0, 0]
@@ -374,22 +350,18 @@ def _joined(pictures: Sequence[np.ndarray], *, axis: int, gap: int) -> np.ndarra
     canvas_HW3 = blank(*size)
     at = [0, 0]
     for picture in pictures:
-        canvas_HW3[at[0] : at[0] + picture.shape[0], at[1] : at[1] + picture.shape[1]] = picture
+        canvas_HW3[at[0] :, at[1] :][: picture.shape[0], : picture.shape[1]] = picture
         at[axis] += picture.shape[axis] + gap
     return canvas_HW3
 
 
-def _bordered(picture_HW3: np.ndarray, px: int, color: Color) -> np.ndarray:
+def framed(picture_HW3: np.ndarray, px: int, color: Color = WHITE) -> np.ndarray:
     return np.asarray(cv2.copyMakeBorder(picture_HW3, px, px, px, px, cv2.BORDER_CONSTANT, value=color))
-
-
-def _framed(picture_HW3: np.ndarray, margin: int) -> np.ndarray:
-    return _bordered(picture_HW3, margin, WHITE)
 
 
 def _outlined(picture_HW3: np.ndarray) -> np.ndarray:
     """A hairline around the picture: snow would melt into the page."""
-    return _bordered(picture_HW3, 1, OUTLINE)
+    return framed(picture_HW3, 1, OUTLINE)
 
 
 def _listed(ids: Sequence[int]) -> str:

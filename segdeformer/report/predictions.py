@@ -12,8 +12,8 @@ import numpy as np
 from segdeformer.data.classes import ClassTable
 from segdeformer.data.datasets import IMAGE_ENDINGS
 from segdeformer.data.images import write_png
-from segdeformer.engine.predict import Prediction
 from segdeformer.errors import UserError
+from segdeformer.inference.predict import Prediction
 from segdeformer.report.pictures import class_shares, confidence_map, overlay, with_color_bar, with_legend
 
 Kind = Literal["overlay", "confidence"]
@@ -40,7 +40,8 @@ def plan_jobs(inputs: Sequence[Path], out: Path, *, kinds: Sequence[Kind] = ()) 
     found: list[tuple[Path, Path]] = []  # image, path relative to what was named
     for given in inputs:
         if given.is_dir():
-            images = sorted(p for p in given.rglob("*") if _is_image(p))
+            candidates = (p for p in given.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
+            images = sorted(p for p in candidates if not p.name.startswith(".") and p.is_file())
             if not images:
                 raise UserError(f"{given} holds no images ({', '.join(IMAGE_ENDINGS)})")
             found += [(image, image.relative_to(given)) for image in images]
@@ -64,10 +65,6 @@ def plan_jobs(inputs: Sequence[Path], out: Path, *, kinds: Sequence[Kind] = ()) 
     return jobs
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".") and path.is_file()
-
-
 def write_prediction(
     job: Job,
     image_HW3: np.ndarray,
@@ -84,8 +81,8 @@ def write_prediction(
         if kind == "overlay":
             shares_K = class_shares(prediction.ids_HW, len(classes.names))
             coloured = overlay(image_HW3, prediction.ids_HW, classes.colors, opacity=opacity)
-            shown = [int(class_id) for class_id in np.flatnonzero(shares_K)]
-            picture = with_legend(coloured, classes.names, classes.colors, shown, shares=shares_K)
+            shown_K = np.flatnonzero(shares_K)
+            picture = with_legend(coloured, classes.names, classes.colors, shown_K, shares=shares_K)
         else:
             picture = with_color_bar(confidence_map(prediction.confidence_HW))
         write_png(path, picture)

@@ -7,17 +7,16 @@ from pathlib import Path
 
 from segdeformer.data.classes import ClassTable
 from segdeformer.data.images import write_png
-from segdeformer.engine.evaluate import ImageResult
-from segdeformer.engine.metrics import ConfusionMatrix
+from segdeformer.data.samples import evenly_spread
+from segdeformer.inference.evaluate import ImageResult
+from segdeformer.inference.metrics import ConfusionMatrix
 from segdeformer.report.pictures import comparison_sheet
 
-NUM_SHOWN = 6
+NUM_SHOWN = 6  # images
 
 
 def shown_indices(num_images: int) -> list[int]:
-    """Up to six images, evenly spread over the data set, so that nobody chose them."""
-    shown = min(NUM_SHOWN, num_images)
-    return [(2 * i + 1) * num_images // (2 * shown) for i in range(shown)]
+    return evenly_spread(num_images, NUM_SHOWN)
 
 
 def write_sheet(path: Path, results: Sequence[ImageResult], classes: ClassTable, *, headline: str) -> None:

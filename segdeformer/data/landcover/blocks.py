@@ -67,19 +67,28 @@ def cut(tile: Tile) -> Landcover:
 
 
 def is_val_block(row: int, column: int) -> bool:
-    """The split, whole: a knight's-move lattice, the one of ten that shares out the eight classes most
+    """The split: a knight's-move lattice, the one of ten that divides the eight classes most
     evenly (19 to 23 % of the pixels of each validate, no tile holds more than 36 % of those)."""
     return (3 * row + column) % 5 == 4
 
 
 def train_blocks() -> tuple[Tile, ...]:
     """The 648 blocks that may be trained on, row by row."""
-    return tuple(block for block, val in _blocks() if not val)
+    return _blocks(val=False)
 
 
 def val_blocks() -> tuple[Tile, ...]:
     """The 162 blocks that are held out, row by row, open sea included."""
-    return tuple(block for block, val in _blocks() if val)
+    return _blocks(val=True)
+
+
+def _blocks(*, val: bool) -> tuple[Tile, ...]:
+    return tuple(
+        Tile(TOP_PX + row * BLOCK_PX, column * BLOCK_PX, BLOCK_PX, BLOCK_PX)
+        for row in range(BLOCK_ROWS)
+        for column in range(BLOCK_COLUMNS)
+        if is_val_block(row, column) == val
+    )
 
 
 @cache
@@ -88,16 +97,8 @@ def val_tiles() -> tuple[Tile, ...]:
     return tuple(block for block in val_blocks() if land_share(cut(block).labels_HW) >= MIN_TILE_LAND)
 
 
-def _blocks() -> list[tuple[Tile, bool]]:
-    return [
-        (Tile(TOP_PX + row * BLOCK_PX, column * BLOCK_PX, BLOCK_PX, BLOCK_PX), is_val_block(row, column))
-        for row in range(BLOCK_ROWS)
-        for column in range(BLOCK_COLUMNS)
-    ]
-
-
 def land_share(labels_HW: np.ndarray) -> float:
-    """The share of pixels that have a class other than water."""
+    """The fraction of pixels that have a class other than water."""
     return float(np.mean((labels_HW != WATER) & (labels_HW != IGNORE)))
 
 

@@ -1,0 +1,241 @@
+"""What an ablation has shown so far: scores of its rows, and gains over their baselines with intervals.
+
+Scores lie in [0, 1], as everywhere; percent points are for showing.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from segdeformer.ablation import statistics as bootstrap
+from segdeformer.ablation.folder import counts_path, is_finished, recipe_path, run_path
+from segdeformer.ablation.image_counts import read_image_counts
+from segdeformer.ablation.plan import Plan, PlannedRow, Run
+from segdeformer.ablation.statistics import ImageSums, Interval
+from segdeformer.errors import UserError
+from segdeformer.inference.evaluate import protocol_notes
+from segdeformer.version import __version__
+
+SCORE_RULE = "the model after the last iteration; none is chosen by its score, which would flatter noisy rows"
+SPREAD_RULE = "sample standard deviation over seeds (n - 1)"
+INTERVAL_RULE = (
+    "paired bootstrap: each resample draws images and seeds with replacement, the same for the row and its "
+    "baseline, sums confusion matrices over the images and averages the gain in mIoU over the seeds; "
+    "percentiles"
+)
+
+
+class RunScore(NamedTuple):
+    """One seed of a row; mIoU is None until it is finished, failure None unless it failed."""
+
+    seed: int
+    miou: float | None = None
+    iou_K: np.ndarray | None = None  # NaN where a class neither occurs nor is predicted
+    failure: str | None = None
+
+
+class Gain(NamedTuple):
+    """In mIoU, or in the IoU of a class: averaged over seeds; NaN where the class is not known."""
+
+    mean: float
+    interval: Interval
+
+
+class RowGain(NamedTuple):
+    """Over the baseline, by the seeds that both have. each: of each of these seeds."""
+
+    miou: Gain
+    seeds: tuple[int, ...]
+    each: tuple[float, ...]
+    classes: tuple[Gain, ...]
+
+
+class RowResult(NamedTuple):
+    row: PlannedRow
+    runs: tuple[RunScore, ...]
+    gain: RowGain | None  # None for a baseline, and until both have a seed in common
+
+    @property
+    def mious(self) -> list[float]:
+        return [run.miou for run in self.runs if run.miou is not None]
+
+    @property
+    def mean(self) -> float | None:
+        """None until a seed is finished."""
+        return float(np.mean(self.mious)) if self.mious else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Sample standard deviation over seeds; None below two."""
+        return float(np.std(self.mious, ddof=1)) if len(self.mious) > 1 else None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the first seed that failed did."""
+        return next((run.failure for run in self.runs if run.failure is not None), None)
+
+
+class Results(NamedTuple):
+    plan: Plan
+    rows: tuple[RowResult, ...] = ()
+    num_images: int = 0  # until a run is scored
+    classes: tuple[str, ...] = ()
+
+    @property
+    def num_finished(self) -> int:
+        return sum(len(row.mious) for row in self.rows)
+
+    @property
+    def failures(self) -> list[str]:
+        """A line for each run that failed."""
+        return [
+            f"{result.row.name}, seed {run.seed}: failed: {run.failure}"
+            for result in self.rows
+            for run in result.runs
+            if run.failure is not None
+        ]
+
+
+class Collector:
+    """Keeps the sums of the runs that it has read; a run is read once."""
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        self.plan, self.folder = plan, folder
+        self.sums: dict[tuple[str, int], ImageSums] = {}
+        self.failures: dict[tuple[str, int], str] = {}
+        self.names: tuple[str, ...] = ()
+        self.classes: tuple[str, ...] = ()
+
+    def results(self) -> Results:
+        """Raises `UserError` when the runs were not scored on the same images."""
+        for run in self.plan.runs:
+            if (run.row.name, run.seed) not in self.sums and is_finished(self.folder, run):
+                self._read(run, counts_path(self.folder, run))
+        rows = tuple(
+            RowResult(row, tuple(self._score(row.name, seed) for seed in self.plan.seeds), self._gain(row))
+            for row in self.plan.rows
+        )
+        return Results(self.plan, rows, len(self.names), self.classes)
+
+    def _read(self, run: Run, path: Path) -> None:
+        counts = read_image_counts(path)
+        if counts.iteration != run.row.recipe.train.iterations:
+            raise UserError(
+                f"{path} is of iteration {counts.iteration}, the row has {run.row.recipe.train.iterations}; "
+                "remove it to have the run scored anew"
+            )
+        self.names, self.classes = self.names or counts.names, self.classes or counts.classes
+        if counts.names != self.names:
+            raise UserError(
+                f"{path} was scored on other images than the runs before it ({len(counts.names)} against "
+                f"{len(self.names)}); the data has changed, so choose another --out"
+            )
+        self.sums[run.row.name, run.seed] = bootstrap.image_sums(counts.counts[None])
+
+    def _score(self, row: str, seed: int) -> RunScore:
+        sums = self.sums.get((row, seed))
+        if sums is None:
+            return RunScore(seed, failure=self.failures.get((row, seed)))
+        return RunScore(seed, float(bootstrap.mious(sums)[0]), bootstrap.ious(sums)[0])
+
+    def _gain(self, row: PlannedRow) -> RowGain | None:
+        names = (row.name, row.over)
+        seeds = tuple(s for s in self.plan.seeds if all((name, s) in self.sums for name in names))
+        if row.over is None or not seeds:
+            return None
+        ours, theirs = (
+            ImageSums(*map(np.concatenate, zip(*(self.sums[name, s] for s in seeds), strict=True)))
+            for name in (row.name, row.over)
+        )
+        each = bootstrap.mious(ours) - bootstrap.mious(theirs)
+        class_gains_K = (bootstrap.ious(ours) - bootstrap.ious(theirs)).mean(0)
+        intervals = bootstrap.gain_intervals(ours, theirs, bootstrap.draws(len(self.names), len(seeds)))
+        classes = tuple(map(Gain, class_gains_K.tolist(), intervals.classes))
+        return RowGain(Gain(float(each.mean()), intervals.miou), seeds, tuple(each.tolist()), classes)
+
+
+def results_values(results: Results, folder: Path) -> dict[str, Any]:
+    """Everything as JSON values, in [0, 1] as in `eval --json`; points of 100 only where the name says so."""
+    plan = results.plan
+    recipe = plan.base
+    return {
+        "title": plan.title,
+        "base": {"name": recipe.name, "recipe": recipe.model_dump(mode="json", exclude_none=True)},
+        "data": {**recipe.data.model_dump(mode="json"), "validation_images": results.num_images},
+        "seeds": list(plan.seeds),
+        "iterations": recipe.train.iterations,
+        "batch_size": recipe.train.batch_size,
+        "crop": list(recipe.augment.crop),
+        "protocol": {**recipe.evaluate.model_dump(mode="json"), "notes": protocol_notes(recipe.evaluate)},
+        "score": SCORE_RULE,
+        "spread": SPREAD_RULE,
+        "interval": {
+            "method": INTERVAL_RULE,
+            "level": bootstrap.LEVEL,
+            "resamples": bootstrap.RESAMPLES,
+            "generator": f"numpy Philox, keys {bootstrap.KEY}, 0 (images) and {bootstrap.KEY}, 1 (seeds)",
+        },
+        "versions": {
+            "segdeformer": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "complete": results.num_finished == len(plan.runs),
+        "classes": list(results.classes),
+        "rows": [_row_values(plan, row, folder) for row in results.rows],
+    }
+
+
+def _row_values(plan: Plan, result: RowResult, folder: Path) -> dict[str, Any]:
+    row, gain = result.row, result.gain
+    runs = [
+        {
+            "seed": run.seed,
+            "folder": str(run_path(folder, Run(row, run.seed)).relative_to(folder)),
+            "miou": run.miou,
+            "iou": None if run.iou_K is None else [_finite(iou) for iou in run.iou_K.tolist()],
+            "failure": run.failure,
+        }
+        for run in result.runs
+    ]
+    gains = gain and {
+        **_gain_values("miou", gain.miou),
+        "seeds": list(gain.seeds),
+        "each_seed": list(gain.each),
+        "classes": [_gain_values("iou", of_class) for of_class in gain.classes],
+    }
+    paper = row.paper and {
+        "table": row.paper.table,
+        "miou_points": row.paper.miou,
+        "gain_points": row.paper.gain,
+    }
+    return {
+        "name": row.name,
+        "over": row.over,
+        "recipe": str(recipe_path(folder, row).relative_to(folder)),
+        "changes": {key: {"base": base, "row": value} for key, (base, value) in plan.changes(row).items()},
+        "iterations": row.recipe.train.iterations,
+        "miou": result.mean,
+        "standard_deviation": result.deviation,
+        "runs": runs,
+        "gain": gains,
+        "paper": paper,
+    }
+
+
+def _gain_values(name: str, gain: Gain) -> dict[str, float | None]:
+    return {
+        name: _finite(gain.mean),
+        "low": _finite(gain.interval.low),
+        "high": _finite(gain.interval.high),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

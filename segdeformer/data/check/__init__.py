@@ -1,0 +1,1 @@
+"""The doctor: what in a data set would spoil training."""

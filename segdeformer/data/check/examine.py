@@ -1,0 +1,234 @@
+"""What one image and its label map are like: everything the data doctor keeps of a pair, a few hundred bytes.
+
+H height, W width, 3 RGB, K classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import cv2
+import numpy as np
+
+from segdeformer.config import IGNORE_INDEX
+from segdeformer.data.check.alignment import EdgeRanks, edge_ranks
+from segdeformer.data.datasets import check_same_size, map_labels
+from segdeformer.data.folders import Pair
+from segdeformer.data.images import (
+    JPEG_START,
+    PNG_PALETTE,
+    PNG_SIGNATURE,
+    NotIdsError,
+    read_image,
+    read_labels,
+)
+from segdeformer.data.samples import Dataset, LabelMap
+from segdeformer.errors import UserError
+
+FailureKind = Literal[
+    "unreadable image",
+    "unreadable label map",
+    "colours in label map",
+    "lossy label map",
+    "sizes differ",
+    "ids out of range",
+]
+
+PNG_GREYS, PNG_ALPHAS = (0, 4), (4, 6)  # colour types
+STARTS = {
+    ".jpg": (JPEG_START,),
+    ".jpeg": (JPEG_START,),
+    ".png": (PNG_SIGNATURE,),
+    ".tif": (b"II", b"MM"),
+    ".tiff": (b"II", b"MM"),
+    ".bmp": (b"BM",),
+    ".webp": (b"RIFF",),
+}
+DARK_LEVELS = 4096  # 10 or 12 bits of a sensor stored in 16
+THUMBNAIL_PX = 8
+
+
+class Failure(NamedTuple):
+    """Why this pair cannot be trained on; the message is the one that training would end with."""
+
+    kind: FailureKind
+    message: str
+
+
+class Levels(NamedTuple):
+    """Sums over an image's pixels, by channel."""
+
+    pixels: int
+    sum_3: np.ndarray
+    sum_of_squares_3: np.ndarray
+
+
+@dataclass(slots=True)
+class Exam:
+    split: str
+    pair: Pair
+    failures: list[Failure] = field(default_factory=list)
+    traits: set[str] = field(default_factory=set)  # kinds of findings, `grey` and `palette`
+    levels: Levels | None = None  # None: the image is unreadable
+    image_hash: bytes = b""
+    thumbnail_P: np.ndarray | None = None  # float32
+    labels_hash: bytes = b""
+    raw_ids: tuple[int, ...] = ()  # as in the file; of too many, the first
+    count_K: np.ndarray | None = None  # pixels of each class; None: the labels cannot be used
+    num_present: int | None = None  # classes that occur
+    ignored: int = 0
+    ignored_share: float = 0.0
+    class_0_share: float = 0.0  # of the labelled pixels
+    edge_ranks: EdgeRanks | None = None
+    palette: tuple[tuple[int, bytes], ...] = ()  # index and colour of those used
+
+
+def examine_pair(split: str, pair: Pair, label_map: LabelMap, num_classes: int) -> Exam:
+    """Read both files and note what is wrong or odd; never raises for what is in them."""
+    exam = Exam(split, pair)
+    image_HW3 = raw_HW = labels_HW = None
+    with _failing(exam, "unreadable image"):
+        image_HW3 = read_image(pair.image)
+        _examine_format(exam, pair.image.read_bytes())
+        _examine_pixels(exam, image_HW3)
+    with _failing(exam, "unreadable label map"):
+        raw_HW = _examine_labels(exam)
+    if raw_HW is None:
+        return exam
+    if image_HW3 is not None:
+        with _failing(exam, "sizes differ"):
+            check_same_size(pair, image_HW3.shape[:2], raw_HW.shape)
+    with _failing(exam, "ids out of range"):
+        labels_HW = map_labels(raw_HW, label_map, pair.labels)
+    if labels_HW is not None:
+        _examine_classes(exam, None if exam.failures else image_HW3, labels_HW, num_classes)
+    return exam
+
+
+def examine_sample(split: str, dataset: Dataset, index: int) -> Exam:
+    """The same for a sample that lies in no files of its own."""
+    image_HW3, labels_HW, name = dataset.read(index)
+    exam = Exam(split, Pair(name, Path(name), Path(name)))
+    _examine_pixels(exam, image_HW3)
+    exam.raw_ids, exam.labels_hash = _ids(labels_HW), _content_hash(labels_HW)
+    _examine_classes(exam, image_HW3, labels_HW, len(dataset.classes.names))
+    return exam
+
+
+@contextlib.contextmanager
+def _failing(exam: Exam, kind: FailureKind) -> Iterator[None]:
+    """A `UserError` becomes a failure of this kind, of coloured label maps one of theirs."""
+    try:
+        yield
+    except UserError as error:
+        kind = "colours in label map" if isinstance(error, NotIdsError) else kind
+        exam.failures.append(Failure(kind, str(error)))
+
+
+# Images.
+
+
+def _examine_format(exam: Exam, data: bytes) -> None:
+    if not data.startswith(STARTS.get(exam.pair.image.suffix.lower(), (b"",))):
+        exam.traits.add("other format than the ending")
+    has_alpha = is_16_bit = False
+    if data.startswith(PNG_SIGNATURE):
+        bits, color_type = data[24], data[25]
+        has_alpha = color_type in PNG_ALPHAS or b"tRNS" in data[:1024]
+        is_16_bit = bits == 16
+        if color_type in PNG_GREYS:
+            exam.traits.add("grey")
+    elif not data.startswith(JPEG_START):  # TIFF, WebP, BMP
+        pixels = _decoded(data, cv2.IMREAD_UNCHANGED)
+        has_alpha = pixels.ndim == 3 and pixels.shape[2] == 4
+        is_16_bit = pixels.dtype == np.uint16
+    if has_alpha:
+        exam.traits.add("alpha channel")
+    if is_16_bit:
+        exam.traits.add("16-bit images")
+        if _decoded(data, cv2.IMREAD_UNCHANGED)[..., :3].max() < DARK_LEVELS:
+            exam.traits.add("dark 16-bit images")
+    if b"Exif" in data[:65536] or b"eXIf" in data:
+        turned = _decoded(data, cv2.IMREAD_REDUCED_COLOR_8)
+        stored = _decoded(data, cv2.IMREAD_REDUCED_COLOR_8 | cv2.IMREAD_IGNORE_ORIENTATION)
+        if not np.array_equal(turned, stored):
+            exam.traits.add("turned by EXIF")
+
+
+def _decoded(data: bytes, flags: int) -> np.ndarray:
+    return np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), flags))
+
+
+def _examine_pixels(exam: Exam, image_HW3: np.ndarray) -> None:
+    mean, std = (values.ravel() for values in cv2.meanStdDev(image_HW3))
+    pixels = image_HW3.shape[0] * image_HW3.shape[1]
+    if not std.any():
+        exam.traits.add("blank images")
+    elif std[0] == std[1] == std[2] and mean[0] == mean[1] == mean[2] and _is_grey(image_HW3):
+        exam.traits.add("grey")
+    exam.levels = Levels(pixels, mean * pixels, (std**2 + mean**2) * pixels)
+    exam.image_hash = _content_hash(image_HW3)
+    exam.thumbnail_P = small_grey(image_HW3, THUMBNAIL_PX).ravel()
+
+
+def small_grey(image_HW3: np.ndarray, edge_px: int) -> np.ndarray:
+    """Means of square cells in grey, float32: close for copies of any size and compression."""
+    grey_HW = cv2.cvtColor(image_HW3, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    return cv2.resize(grey_HW, (edge_px, edge_px), interpolation=cv2.INTER_AREA)
+
+
+def _is_grey(image_HW3: np.ndarray) -> bool:
+    red, green, blue = cv2.split(image_HW3)
+    return np.array_equal(red, green) and np.array_equal(green, blue)
+
+
+def _content_hash(pixels: np.ndarray) -> bytes:
+    """Of the decoded pixels and their shape: the same for copies of other names and lossless formats."""
+    digest = hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16)
+    digest.update(repr((pixels.dtype.str, pixels.shape)).encode())
+    return digest.digest()
+
+
+# Label maps.
+
+
+def _examine_labels(exam: Exam) -> np.ndarray | None:
+    path = exam.pair.labels
+    raw_HW = read_labels(path)
+    data = path.read_bytes()
+    if data.startswith(JPEG_START):
+        message = f"{path}: JPEG inside, which changes ids; save label maps as PNG from their source"
+        exam.failures.append(Failure("lossy label map", message))
+        return None
+    exam.raw_ids, exam.labels_hash = _ids(raw_HW), _content_hash(raw_HW)
+    if data.startswith(PNG_SIGNATURE) and data[25:26] == PNG_PALETTE:
+        exam.traits.add("palette")
+        start = data.find(b"PLTE")
+        colors = data[start + 4 : start + 4 + int.from_bytes(data[start - 4 : start], "big")]
+        exam.palette = tuple((index, colors[3 * index : 3 * index + 3]) for index in exam.raw_ids)
+    return raw_HW
+
+
+def _ids(labels_HW: np.ndarray) -> tuple[int, ...]:
+    if labels_HW.dtype == np.uint8:
+        return tuple(np.flatnonzero(np.bincount(labels_HW.ravel(), minlength=256)).tolist())
+    return tuple(np.unique(labels_HW)[:256].tolist())
+
+
+def _examine_classes(
+    exam: Exam, image_HW3: np.ndarray | None, labels_HW: np.ndarray, num_classes: int
+) -> None:
+    count = np.bincount(labels_HW.ravel(), minlength=IGNORE_INDEX + 1)
+    exam.count_K = count[:num_classes]
+    exam.num_present = int(np.count_nonzero(exam.count_K))
+    exam.ignored = int(count[IGNORE_INDEX])
+    exam.ignored_share = exam.ignored / labels_HW.size
+    exam.class_0_share = float(count[0]) / max(labels_HW.size - exam.ignored, 1)
+    exam.edge_ranks = edge_ranks(image_HW3, labels_HW) if image_HW3 is not None else None
+    if exam.edge_ranks is not None and exam.edge_ranks.fits_better_elsewhere:
+        exam.traits.add("labels look misplaced")

@@ -1,0 +1,1 @@
+"""Published data sets: their layouts, classes, and how they are prepared."""

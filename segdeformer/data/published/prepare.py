@@ -1,0 +1,215 @@
+"""From a published data set, as its archives unpack, to a folder of images and label maps of class ids.
+
+H height, W width.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from segdeformer.data.classes import CLASS_TABLES
+from segdeformer.data.datasets import ADE20K_MAP, CITYSCAPES_MAP, COCO_STUFF_MAP, map_labels
+from segdeformer.data.folders import Layout, Pair, list_files, pair_files
+from segdeformer.data.images import read_labels, write_png
+from segdeformer.data.parallel import in_threads
+from segdeformer.data.published.cityscapes_polygons import draw_polygons
+from segdeformer.data.samples import LabelMap
+from segdeformer.errors import UsageError, UserError
+from segdeformer.files import replacing, write_text
+
+Split = Literal["train", "val"]
+
+PNG_END = b"IEND\xaeB`\x82"
+COUNTS: dict[str, dict[Split, int]] = {
+    "ade20k": {"train": 20210, "val": 2000},
+    "cityscapes": {"train": 2975, "val": 500},
+    "coco_stuff": {"train": 118287, "val": 5000},
+}
+RECIPES = {
+    "ade20k": "ade20k-segdeformer-b1",
+    "cityscapes": "cityscapes-segdeformer-b5-efficient",
+    "coco_stuff": "coco_stuff-segdeformer-b5",
+}
+
+
+class SplitSource(NamedTuple):
+    """A split's files, and how a label file becomes class ids."""
+
+    layout: Layout
+    read: Callable[[Path], np.ndarray]
+
+
+class Made(NamedTuple):
+    """What became of a pair. `error` is None when both files are there."""
+
+    split: Split
+    is_new: bool
+    error: str | None
+
+
+class Preparation:
+    """Finds all pairs of both splits at once; `run` makes those that are not there yet.
+
+    Label maps are written whole or not at all, so that a stopped run goes on where it was. Raises `UserError`
+    when folders or partners are missing.
+    """
+
+    def __init__(self, name: str, source: Path, target: Path, *, copy: bool) -> None:
+        if name not in COUNTS:
+            raise UsageError(f"{name}: not a data set to prepare; expected {', '.join(COUNTS)}")
+        if target.resolve() == source.resolve():
+            raise UsageError(f"{target}: DST is SRC; name another folder to make")
+        self.name, self.target = name, target
+        self.recipe = RECIPES[name]  # to train on it with
+        self.place = _copied if copy else _linked
+        self.sources = {split: _FIND[name](source, split) for split in COUNTS[name]}
+        self.pairs = {split: pair_files(found.layout) for split, found in self.sources.items()}
+        self.made: list[Made] = []
+
+    def __len__(self) -> int:
+        return sum(len(pairs) for pairs in self.pairs.values())
+
+    def run(self, *, workers: int | None = None) -> Iterator[Made]:
+        """Make what is missing or older than its source; a pair that fails does not stop the others."""
+        write_text(self.target / "classes.toml", (CLASS_TABLES / f"{self.name}.toml").read_text("utf-8"))
+        jobs = [partial(self._make, split, pair) for split, pairs in self.pairs.items() for pair in pairs]
+        for made in in_threads(jobs, workers=workers):
+            self.made.append(made)
+            yield made
+
+    def _make(self, split: Split, pair: Pair) -> Made:
+        labels = self.target / "labels" / split / f"{pair.name}.png"
+        image = self.target / "images" / split / f"{pair.name}{pair.image.suffix.lower()}"
+        try:
+            is_new = not _is_done(labels, pair.labels)
+            if is_new:
+                write_png(labels, self.sources[split].read(pair.labels))
+            if not _is_same(image, pair.image):
+                self.place(pair.image, image)
+        except UserError as error:
+            return Made(split, False, str(error))
+        return Made(split, is_new, None)
+
+    def counts(self) -> list[str]:
+        """A line for each split."""
+        lines = []
+        for split, wanted in COUNTS[self.name].items():
+            own = [made for made in self.made if made.split == split and made.error is None]
+            new = sum(made.is_new for made in own)
+            lines.append(
+                f"{split}: {len(own):,} pairs, {new:,} label maps made now; published are {wanted:,}"
+            )
+        return lines
+
+    def check_counts(self, *, partial: bool) -> None:
+        """Raises `UserError` when pairs failed or, unless `partial`, there are not as many as published."""
+        failed = [made.error for made in self.made if made.error is not None]
+        if failed:
+            raise UserError(f"{len(failed)} of {len(self)} pairs could not be made; the first: {failed[0]}")
+        for split, wanted in COUNTS[self.name].items():
+            have = sum(made.split == split for made in self.made)
+            files = list_files(self.target / "labels" / split, (".png",)).found
+            if len(files) != have:
+                raise UserError(
+                    f"{self.target / 'labels' / split} holds {len(files)} label maps, SRC has {have}; "
+                    "remove those of another source, or choose another DST"
+                )
+            if have != wanted and not partial:
+                raise UserError(
+                    f"{split} has {have:,} pairs, {self.name} was published with {wanted:,}; unpack the rest "
+                    "and run again (what is made stays), or accept them with --partial"
+                )
+
+
+# Where the archives unpack to, and what their label files hold.
+
+
+def _ade20k(root: Path, split: Split) -> SplitSource:
+    """ADEChallengeData2016.zip."""
+    root = _first_folder(root, ".", "ADEChallengeData2016", wanted="images/training")
+    folder = {"train": "training", "val": "validation"}[split]
+    layout = Layout(root, f"images/{folder}", (".jpg",), f"annotations/{folder}", (".png",))
+    return SplitSource(layout, partial(_mapped, label_map=ADE20K_MAP))
+
+
+def _cityscapes(root: Path, split: Split) -> SplitSource:
+    """leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip: label ids, or else polygons to draw."""
+    layout = Layout(
+        root, f"leftImg8bit/{split}", ("_leftImg8bit.png",), f"gtFine/{split}", ("_gtFine_labelIds.png",)
+    )
+    if list_files(root / layout.labels, layout.label_endings).found:
+        return SplitSource(layout, partial(_mapped, label_map=CITYSCAPES_MAP))
+    return SplitSource(layout._replace(label_endings=("_gtFine_polygons.json",)), draw_polygons)
+
+
+def _coco_stuff(root: Path, split: Split) -> SplitSource:
+    """train2017.zip, val2017.zip and stuffthingmaps_trainval2017.zip, under `images` and `annotations`.
+
+    Also found: the images beside, and the label maps in `stuffthingmaps`.
+    """
+    folder = f"{split}2017"
+    images = _first_folder(root, f"images/{folder}", folder, wanted=".")
+    places = (f"annotations/{folder}", f"stuffthingmaps/{folder}", folder)  # the last: all in one place
+    labels = _first_folder(root, *places, wanted=".")
+    below = [path.relative_to(root).as_posix() for path in (images, labels)]
+    layout = Layout(root, below[0], (".jpg",), below[1], (".png",))
+    return SplitSource(layout, partial(_mapped, label_map=COCO_STUFF_MAP))
+
+
+_FIND: dict[str, Callable[[Path, Split], SplitSource]] = {
+    "ade20k": _ade20k,
+    "cityscapes": _cityscapes,
+    "coco_stuff": _coco_stuff,
+}
+
+
+def _first_folder(root: Path, *places: str, wanted: str) -> Path:
+    """The first place below the root that is there; the first of all if none is."""
+    there = [root / place for place in places if (root / place / wanted).is_dir()]
+    return there[0] if there else root / places[0]
+
+
+def _mapped(path: Path, *, label_map: LabelMap) -> np.ndarray:
+    return map_labels(read_labels(path), label_map, path)
+
+
+# Files.
+
+
+def _is_done(labels: Path, source: Path) -> bool:
+    """Whether the label map is there, whole and no older than its source."""
+    try:
+        if labels.stat().st_mtime < source.stat().st_mtime:
+            return False
+        with labels.open("rb") as file:
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:
+        return False
+
+
+def _is_same(image: Path, source: Path) -> bool:
+    """Whether the image is there: the source itself, or as many bytes."""
+    return image.exists() and (image.samefile(source) or image.stat().st_size == source.stat().st_size)
+
+
+def _linked(source: Path, image: Path) -> None:
+    """A symbolic link, or a copy where there are none."""
+    try:
+        image.parent.mkdir(parents=True, exist_ok=True)
+        image.unlink(missing_ok=True)
+        image.symlink_to(source.resolve())
+    except OSError:
+        _copied(source, image)
+
+
+def _copied(source: Path, image: Path) -> None:
+    with replacing(image) as aside:
+        shutil.copyfile(source, aside)

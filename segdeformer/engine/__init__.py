@@ -1,1 +1,0 @@
-"""Training, evaluation and prediction. Knows models and data; draws and prints nothing."""

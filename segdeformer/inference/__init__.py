@@ -1,0 +1,1 @@
+"""From a model to maps and scores: views of an image, evaluation, metrics, prediction."""

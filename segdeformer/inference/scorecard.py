@@ -1,0 +1,47 @@
+"""A score with everything that it depends on, as JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+
+import torch
+
+from segdeformer.config import DataConfig, EvalConfig
+from segdeformer.data.samples import LabelMap
+from segdeformer.files import write_text
+from segdeformer.inference.evaluate import Report, protocol_notes, report_values
+from segdeformer.version import __version__
+from segdeformer.weights.checkpoint import Checkpoint, file_sha256
+
+
+def write_scorecard(
+    path: Path,
+    report: Report,
+    *,
+    protocol: EvalConfig,
+    data: DataConfig,
+    label_map: LabelMap,
+    checkpoint: Checkpoint,
+) -> None:
+    """Write scores, protocol, data, the checkpoint's hash and versions to a JSON file."""
+    values = {
+        "scores": report_values(report),
+        "protocol": {**protocol.model_dump(mode="json"), "notes": protocol_notes(protocol)},
+        "data": data.model_dump(mode="json"),
+        "label_map": {str(in_file): class_id for in_file, class_id in sorted(label_map.items())},
+        "checkpoint": {
+            "file": str(checkpoint.path),
+            "sha256": file_sha256(checkpoint.path),
+            "recipe": checkpoint.recipe.name,
+            "iteration": checkpoint.iteration,
+            "license": checkpoint.license,
+        },
+        "versions": {
+            "segdeformer": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    write_text(path, json.dumps(values, indent=2) + "\n")

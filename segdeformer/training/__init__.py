@@ -1,0 +1,1 @@
+"""How a model is trained, saved and gone on with."""

@@ -1,0 +1,163 @@
+"""Our checkpoints as files of another project, where that project has such a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from segdeformer.config import MLPFusionConfig, ModelConfig, UperNetConfig
+from segdeformer.errors import UsageError
+from segdeformer.files import replacing, write_text
+from segdeformer.models.encoders import TimmEncoder
+from segdeformer.models.segmenter import Segmenter
+from segdeformer.weights.checkpoint import Loaded
+from segdeformer.weights.deduce import RELEASED_CONTEXT
+from segdeformer.weights.imports import POSITION_INDEX
+from segdeformer.weights.names import PROJECT_TITLES, Project, name_table
+from segdeformer.weights.parity import Parity, check_parity, huggingface_config
+
+
+class Exported(NamedTuple):
+    """left_out: our tensors that only training needs, and the project's model has no place for."""
+
+    files: tuple[Path, ...]
+    tensors: int
+    left_out: tuple[str, ...]
+    parity: Parity | None
+
+
+def export_model(loaded: Loaded, project: Project, out: Path, *, license_text: str, check: bool) -> Exported:
+    """Write a checkpoint for another project: a folder for Hugging Face, else a .pth or .safetensors file.
+
+    check: compare with the project's library where that is installed, before anything is written. Raises
+    `UsageError` when the project has no such model.
+    """
+    checkpoint, model = loaded.checkpoint, loaded.model
+    _check_out(out, project)
+    if checkpoint.folded:
+        raise UsageError(
+            f"{checkpoint.path} holds a folded model, for inference only; convert the one it was made of"
+        )
+    if obstacle := _obstacle(checkpoint.recipe.model, project):
+        raise UsageError(f"{checkpoint.path} cannot be written for {PROJECT_TITLES[project]}: {obstacle}")
+    table, state = name_table(model, project), model.state_dict()
+    if unknown := [name for name in table.unknown if not name.startswith("auxiliary.")]:
+        raise UsageError(
+            f"{checkpoint.path} cannot be written for {PROJECT_TITLES[project]}, which has no name for "
+            f"`{unknown[0]}` ({len(unknown)} such tensors)"
+        )
+    tensors = {
+        link.theirs: link.write([state[name].cpu() for name in link.ours]).contiguous()
+        for link in table.links
+    }
+    parity = check_parity(model, project, tensors, None) if check else None
+    if project == "huggingface":
+        files = _write_huggingface(loaded, tensors, out, license_text)
+    else:
+        files = _write_file(loaded, tensors | _position_indices(model), out, license_text)
+    return Exported(files, len(tensors), table.unknown, parity)
+
+
+def _check_out(out: Path, project: Project) -> None:
+    if project == "huggingface":
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"--out {out}: is a file; Hugging Face's models are folders, name one")
+    elif out.suffix not in {".pth", ".safetensors"} or out.is_dir():
+        raise UsageError(f"--out {out}: must be a .pth or .safetensors file for {project}")
+
+
+def _obstacle(config: ModelConfig, project: Project) -> str | None:
+    """Why the project has no such model."""
+    fusion = config.fusion
+    mlp = isinstance(fusion, MLPFusionConfig) and fusion.depth == 2
+    projection = fusion.projection if isinstance(fusion, MLPFusionConfig) else None
+    if project != "mmseg":
+        if config.context is not None:
+            return "it has a model.context, SegDeformer's; SegFormer has none"
+        if not config.encoder.name.startswith("mit_") or not mlp or projection != "linear":
+            return (
+                'SegFormer there is MiT with model.fusion = "mlp", depth 2 and projection "linear"; '
+                f"this is {config.encoder.name} with {_described(config)}"
+            )
+        return None
+    if config.context is not None and (config.context != RELEASED_CONTEXT or not mlp):
+        return "its model.context is not that of the released SegDeformer (conv_bn_relu, on an MLP)"
+    if (mlp and projection == "conv_bn_relu") or isinstance(fusion, UperNetConfig):
+        return None
+    return f'only an MLP of depth 2 with "conv_bn_relu", and UperNet, can be; this is {_described(config)}'
+
+
+def _described(config: ModelConfig) -> str:
+    fusion = config.fusion
+    if isinstance(fusion, MLPFusionConfig):
+        return f'an MLP of depth {fusion.depth} with "{fusion.projection}"'
+    return fusion.kind
+
+
+def _position_indices(model: Segmenter) -> dict[str, Tensor]:
+    """mmsegmentation's Swin keeps its index into the table of relative positions in the file."""
+    if not isinstance(model.encoder, TimmEncoder):
+        return {}
+    return {
+        name.replace("backbone.layers", "backbone.stages").replace(".attn.", ".attn.w_msa."): buffer.cpu()
+        for name, buffer in model.encoder.named_buffers()
+        if name.endswith(POSITION_INDEX)
+    }
+
+
+def _write_file(loaded: Loaded, tensors: dict[str, Tensor], out: Path, license_text: str) -> tuple[Path, ...]:
+    classes, iteration = loaded.checkpoint.classes, loaded.checkpoint.iteration
+    with replacing(out) as aside:
+        if out.suffix == ".safetensors":
+            save_file(tensors, aside, {"format": "pt", "license": license_text})
+            return (out,)
+        names, palette = list(classes.names), [list(color) for color in classes.colors]
+        meta: dict[str, Any] = {
+            "CLASSES": names,  # mmsegmentation 0.x
+            "PALETTE": palette,
+            "dataset_meta": {"classes": names, "palette": palette},  # 1.x
+            "iter": iteration,
+            "license": license_text,
+        }
+        torch.save({"meta": meta, "state_dict": tensors}, aside)
+    return (out,)
+
+
+def _write_huggingface(
+    loaded: Loaded, tensors: dict[str, Tensor], out: Path, license_text: str
+) -> tuple[Path, ...]:
+    recipe, names = loaded.checkpoint.recipe, loaded.checkpoint.classes.names
+    config = huggingface_config(loaded.model)
+    del config["num_labels"]  # id2label tells
+    config |= {
+        "architectures": ["SegformerForSemanticSegmentation"],
+        "model_type": "segformer",
+        "dtype": "float32",
+        "id2label": {str(index): name for index, name in enumerate(names)},
+        "label2id": {name: index for index, name in enumerate(names)},
+        "semantic_loss_ignore_index": 255,
+        "license": license_text,
+    }
+    height, width = recipe.augment.crop
+    preprocessor = {
+        "image_processor_type": "SegformerImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [value / 255 for value in recipe.data.mean],
+        "image_std": [value / 255 for value in recipe.data.std],
+        "do_reduce_labels": recipe.data.name == "ade20k",
+    }
+    weights = out / "model.safetensors"
+    with replacing(weights) as aside:
+        save_file(tensors, aside, {"format": "pt", "license": license_text})
+    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+    write_text(out / "preprocessor_config.json", json.dumps(preprocessor, indent=2) + "\n")
+    return (weights, out / "config.json", out / "preprocessor_config.json")
