@@ -112,7 +112,7 @@ def _table_recipe(base: Recipe, table: int, name: str, row: Row) -> Recipe:
         kept = model.pop("context", {})
         context = {name: getattr(row, name) for name in ("internal", "external") if getattr(row, name)}
         if context:
-            style = {key: kept[key] for key in ("projection", "reduction") if key in kept}
+            style = {key: value for key, value in kept.items() if key not in ("internal", "external")}
             attentions = {key: value.model_dump(exclude_none=True) for key, value in context.items()}
             model["context"] = style | attentions
     return validate_recipe(values, origin)

@@ -23,6 +23,7 @@ from segdeformer.config.model import (
     ModelConfig,
     OwnFusionConfig,
     Projection,
+    Start,
     ThirdPartyConfig,
     UperNetConfig,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "Projection",
     "Recipe",
     "ReportedConfig",
+    "Start",
     "Strict",
     "ThirdPartyConfig",
     "TrainConfig",

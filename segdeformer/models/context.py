@@ -6,21 +6,24 @@ Two projection styles: `affine` is the paper's equations, `conv_bn_relu` the aut
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segdeformer.config import ContextConfig, Projection
 from segdeformer.kernels.attention import attention
 from segdeformer.kernels.external_attention import external_attention
 from segdeformer.kernels.impl import Impl
 from segdeformer.models.layers import TokenConvBNReLU, Tokens, initialise_decoder, keys_of, tokens_of
 from segdeformer.models.momentum import MomentumTokens
 
+if TYPE_CHECKING:  # modules need no recipe
+    from segdeformer.config import ContextConfig, Projection
+
 ExternalForm = Literal["low_rank", "plain"]
 MLP_RATIO = 4
+SMALL = 0.02  # standard deviation
 
 
 class ExternalContext(NamedTuple):
@@ -130,7 +133,7 @@ class ClassTokens(nn.Module):
         self.info_KC = nn.Parameter(torch.empty(num_classes, width))
         self.class_KC = nn.Parameter(torch.empty(num_classes, width)) if decouple else None
         for table in self.parameters():
-            nn.init.trunc_normal_(table, std=0.02)
+            nn.init.trunc_normal_(table, std=SMALL)
 
     def tables(self) -> tuple[Tensor, Tensor]:
         """(info, class), each (K, C)."""
@@ -282,4 +285,22 @@ def build_context(
     supervised = config.external is not None and config.external.attention_loss
     context = Context(internal=internal, external=external, supervised=supervised)
     context.apply(initialise_decoder)
+    if config.start == "unit":
+        _start_at_unit_scale(context)
     return context
+
+
+def _start_at_unit_scale(context: Context) -> None:
+    """Linear projections N(0, 1/C), tokens N(0, 1): queries, keys and values are as large as their inputs.
+
+    From trunc-normal 0.02 all scores are near 0, attention is uniform, and the product of two small
+    projections hardly learns.
+    """
+    if context.external is not None:
+        for table in context.external.tokens.tables():
+            nn.init.normal_(table)
+    for module in context.modules():
+        if isinstance(module, InternalAttention | ExternalAttention):
+            for layer in module.children():
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
