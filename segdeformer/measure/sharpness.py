@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from segdeformer.models.context import ExternalAttention, InternalAttention
-from segdeformer.models.layers import Tokens, keys_of
+from segdeformer.models.context import ExternalAttention, InternalAttention, few_keys
+from segdeformer.models.layers import Tokens
 from segdeformer.models.segmenter import Segmenter
 
 MOST_QUERIES = 512  # of an image; more are taken at even distances
@@ -75,11 +75,12 @@ def _watched(module: nn.Module, see: Callable[[Any, Tokens, Any], None]) -> Iter
 
 def _internal(found: list[Sharpness], name: str, module: InternalAttention, tokens: Tokens, _: Any) -> None:
     sources_BMC = module.reduce(tokens) if module.reduce else tokens.pixels_BNC
+    keys_BMC, _, bias_M = few_keys(module.key, module.value, sources_BMC, tokens, module.key_stride)
     queries, keys = (
         x.unflatten(2, (module.heads, -1)).transpose(1, 2)
-        for x in (module.query(_some(tokens.pixels_BNC)), keys_of(module.key, sources_BMC))
+        for x in (module.query(_some(tokens.pixels_BNC)), keys_BMC)
     )
-    found.append(_of_scores(name, queries @ keys.mT * module.scale))
+    found.append(_of_scores(name, queries @ keys.mT * module.scale, bias_M))
 
 
 def _external(found: list[Sharpness], module: ExternalAttention, tokens: Tokens, output: Any) -> None:
@@ -91,16 +92,17 @@ def _external(found: list[Sharpness], module: ExternalAttention, tokens: Tokens,
     sources_BMC = class_logits_BNK.softmax(-1).to(prototypes_KC.dtype) @ prototypes_KC
     if module.reduce:
         sources_BMC = module.reduce(tokens._replace(pixels_BNC=sources_BMC))
+    keys_BMC, _, bias_M = few_keys(module.key, module.value, sources_BMC, tokens, module.key_stride)
     queries_BNC = module.query(_some(tokens.pixels_BNC))
-    found.append(_of_scores("external", queries_BNC @ module.key(sources_BMC).mT * module.scale))
+    found.append(_of_scores("external", queries_BNC @ keys_BMC.mT * module.scale, bias_M))
 
 
 def _some(x_BNC: Tensor) -> Tensor:
     return x_BNC[:, :: -(-x_BNC.shape[1] // MOST_QUERIES)]
 
 
-def _of_scores(name: str, scores: Tensor) -> Sharpness:
-    scores = scores.float()
+def _of_scores(name: str, scores: Tensor, bias_M: Tensor | None = None) -> Sharpness:
+    scores = scores.float() if bias_M is None else scores.float() + bias_M
     log_weights = scores.log_softmax(-1)
     entropy = -(log_weights.exp() * log_weights).sum(-1).mean()
     deviation = scores.std(-1, correction=0).mean()
