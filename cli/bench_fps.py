@@ -7,44 +7,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from segdeformer.measure.fps import Comparison, Measured
+    import torch
+
+    from segdeformer.measure.alternatives import Alternative
+    from segdeformer.measure.fps import Comparison, Measured, Options
 
 
 def bench_fps(
-    models: Sequence[str],
-    against: Sequence[str],
-    *,
-    changes: Sequence[str],
-    fold: bool | None,
-    size: tuple[int, int] | None,
-    batch: int,
-    warmup: int,
-    rounds: int | None,
-    seconds: float,
-    argmax: bool,
-    memory: bool,
-    device: str,
+    alternatives: Sequence[Alternative],
+    options: Options,
+    device: torch.device,
     json_file: Path | None,
     markdown_file: Path | None,
 ) -> None:
-    """Measure, print, and write what is asked for. changes: of every model, as in `--against`."""
+    """Measure, print, and write what is asked for."""
     from segdeformer.cli.show import make_console
     from segdeformer.cli.show_bench import comparison_grids, markdown, print_grid, write_tables
-    from segdeformer.measure.alternatives import Setting, changed, parse_alternatives
-    from segdeformer.measure.fps import SIZE_ON_CPU, SIZE_ON_GPU, TRIO, Options, compare
-    from segdeformer.measure.speed import Length
-    from segdeformer.runtime.device import choose_device
+    from segdeformer.measure.fps import compare
 
-    chosen = choose_device(device)
-    size = size or (SIZE_ON_CPU if chosen.type == "cpu" else SIZE_ON_GPU)
-    setting = Setting(fold=fold)
-    for change in changes:
-        setting = changed(setting, change)
-    options = Options(batch, size, argmax, warmup, Length(rounds, seconds), memory)
-    alternatives = parse_alternatives(models or ([] if against else TRIO), against, setting)
     console = make_console()
     with console.status("starting") as status:
-        comparison = compare(alternatives, options, chosen, say=status.update, tell=console.print)
+        comparison = compare(alternatives, options, device, say=status.update, tell=console.print)
     about = _about(comparison)
     for line in about:
         console.print(line, style="dim", soft_wrap=False)

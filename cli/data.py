@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from segdeformer.cli.errors import one_line_errors
 from segdeformer.cli.options import ClassesFile
@@ -17,25 +18,21 @@ if TYPE_CHECKING:
 data_app = typer.Typer(help="Check a data set, or prepare a published one.", no_args_is_help=True)
 
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Threads that read; default: one for every core, at most 16.")
+    int | None, Option(min=1, help="Threads that read; default: one for every core, at most 16.")
 ]
 
 
 @data_app.command("check")
 @one_line_errors
 def check_command(
-    data: Annotated[
-        str, typer.Argument(help="landcover, NAME:FOLDER or a folder of your own images and labels.")
-    ],
+    data: Annotated[str, Argument(help="landcover, NAME:FOLDER or a folder of your own images and labels.")],
     classes: ClassesFile = None,
-    train: Annotated[str, typer.Option(help="The training split's folder name.")] = "train",
-    val: Annotated[str, typer.Option(help="The validation split's folder name.")] = "val",
+    train: Annotated[str, Option(help="The training split's folder name.")] = "train",
+    val: Annotated[str, Option(help="The validation split's folder name.")] = "val",
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write findings with all file names and the numbers here.")
+        Path | None, Option("--json", help="Write findings with all file names and the numbers here.")
     ] = None,
-    picture: Annotated[
-        Path | None, typer.Option(help="Draw some samples under their labels here (PNG).")
-    ] = None,
+    picture: Annotated[Path | None, Option(help="Draw some samples under their labels here (PNG).")] = None,
     workers: Workers = None,
 ) -> None:
     """Read every pair and say what would spoil training: exit code 1 if anything would."""
@@ -69,17 +66,13 @@ def check_command(
 @data_app.command("prepare")
 @one_line_errors
 def prepare_command(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="ade20k, cityscapes or coco_stuff.")],
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Where its archives are unpacked.")],
+    name: Annotated[str, Argument(metavar="NAME", help="ade20k, cityscapes or coco_stuff.")],
+    source: Annotated[Path, Argument(metavar="SRC", help="Where its archives are unpacked.")],
     target: Annotated[
-        Path, typer.Argument(metavar="DST", help="The folder to make: images/, labels/, classes.toml.")
+        Path, Argument(metavar="DST", help="The folder to make: images/, labels/, classes.toml.")
     ],
-    copy: Annotated[
-        bool, typer.Option("--copy", help="Copy the images; otherwise they are linked to.")
-    ] = False,
-    partial: Annotated[
-        bool, typer.Option("--partial", help="Accept fewer images than were published.")
-    ] = False,
+    copy: Annotated[bool, Option("--copy", help="Copy the images; otherwise they are linked to.")] = False,
+    partial: Annotated[bool, Option("--partial", help="Accept fewer images than were published.")] = False,
     workers: Workers = None,
 ) -> None:
     """Make label maps of class ids from a published data set; run again, it goes on where it was stopped."""
@@ -98,8 +91,7 @@ def prepare_command(
 
 def _run(console: Console, pairs: Iterator[object], *, total: int) -> None:
     """Go through the pairs under a bar."""
-    from rich.progress import track
+    from segdeformer.cli.show import ticking
 
-    hidden = not console.is_terminal
-    for _ in track(pairs, "pairs", total=total, console=console, transient=True, disable=hidden):
+    for _ in ticking(console, pairs, "pairs", total):
         pass

@@ -7,7 +7,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from segdeformer.cli.errors import one_line_errors
 from segdeformer.cli.options import (
@@ -27,17 +27,17 @@ from segdeformer.cli.options import (
 def eval_command(
     checkpoint: CheckpointArgument = None,
     data: Annotated[
-        str | None, typer.Option(help="landcover, NAME:FOLDER or a folder; default: the checkpoint's.")
+        str | None, Option(help="landcover, NAME:FOLDER or a folder; default: the checkpoint's.")
     ] = None,
     classes: ClassesFile = None,
     mode: Mode = None,
     scales: Scales = None,
     flip: Flip = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write scores, protocol and weights hash here.")
+        Path | None, Option("--json", help="Write scores, protocol and weights hash here.")
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Draw some images beside truth and prediction here (PNG).")
+        Path | None, Option(help="Draw some images beside truth and prediction here (PNG).")
     ] = None,
     device: Device = "auto",
     impl: ImplName = "auto",
@@ -45,14 +45,18 @@ def eval_command(
     nproc: Nproc = None,
 ) -> None:
     """Score a checkpoint: mIoU, mAcc, aAcc and per-class IoU, and the protocol they belong to."""
-    from rich.progress import track
-
     from segdeformer.cli.inference import joined, launched, open_model
-    from segdeformer.cli.show import make_console, protocol_line, scores_line, scores_table
+    from segdeformer.cli.show import (
+        device_words,
+        make_console,
+        protocol_line,
+        scores_line,
+        scores_table,
+        ticking,
+    )
     from segdeformer.data.datasets import choose_data, open_dataset
     from segdeformer.inference.evaluate import ImageResult, Tally, check_same_classes, evaluate_images
     from segdeformer.inference.scorecard import write_scorecard
-    from segdeformer.kernels.impl import describe_impl
     from segdeformer.report.sheet import shown_indices, write_sheet
     from segdeformer.runtime.distributed import from_all, is_first
 
@@ -72,21 +76,12 @@ def eval_command(
     drawn: list[tuple[int, ImageResult]] = []
     tally = Tally(dataset.classes)
     with joined(opened, console) as runtime:
-        attention = describe_impl(runtime.impl, runtime.device)
-        console.print(f"device {runtime.device}, attention {attention}", style="dim")
+        console.print(device_words(runtime), style="dim")
         own = runtime.processes.own_indices(len(dataset))
         results = evaluate_images(
             opened.loaded.model, dataset, tally, protocol=recipe.evaluate, data=config, runtime=runtime
         )
-        ticking = track(
-            results,
-            "images",
-            total=len(own),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        for index, result in zip(own, ticking, strict=True):
+        for index, result in zip(own, ticking(console, results, "images", len(own)), strict=True):
             if index in shown:
                 drawn.append((index, result._replace(predicted_HW=result.predicted_HW.cpu())))
         tally.gather(runtime.processes)

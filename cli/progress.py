@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -27,7 +26,7 @@ LINE_EVERY_S = 30.0
 
 
 class TrainingProgress:
-    """Rich bar with loss, rate, speed, memory and time left."""
+    """Rich bar with loss, rate, speed, memory and time left; it is seen while `bar` is entered."""
 
     def __init__(self, console: Console, run: Run) -> None:
         self.console = console
@@ -90,15 +89,6 @@ class TrainingProgress:
             f"{', best so far' if event.is_best else ''}"
             f"  ({_minutes(time.monotonic() - self.began)})"
         )
-
-    def __enter__(self) -> Self:
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
 
 
 def _minutes(seconds: float) -> str:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 if TYPE_CHECKING:
     from segdeformer.config import EvalConfig, LossConfig, Recipe, TrainConfig
     from segdeformer.inference.evaluate import Report
+    from segdeformer.runtime import Runtime
     from segdeformer.training.optimizer import ParameterGroup
+
+T = TypeVar("T")
 
 
 def make_console(*, quiet: bool = False) -> Console:
@@ -23,11 +27,30 @@ def make_console(*, quiet: bool = False) -> Console:
     return Console(markup=False, highlight=False, soft_wrap=True, quiet=quiet)
 
 
+def make_table(*header: str, num_left: int = 1, **options: Any) -> Table:
+    """A plain table; its first columns are names, the others numbers."""
+    table = Table(box=None, header_style="bold", **options)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index < num_left else "right")
+    return table
+
+
+def ticking(console: Console, items: Iterable[T], what: str, total: int) -> Iterable[T]:
+    """The items, under a bar in a terminal."""
+    hidden = not console.is_terminal
+    return track(items, what, total=total, console=console, transient=True, disable=hidden)
+
+
+def device_words(runtime: Runtime) -> str:
+    """Where something runs, and by what."""
+    from segdeformer.kernels.impl import describe_impl
+
+    return f"device {runtime.device}, attention {describe_impl(runtime.impl, runtime.device)}"
+
+
 def groups_table(groups: Sequence[ParameterGroup], config: TrainConfig) -> Table:
     """Who learns at which rate: nothing about learning-rate groups is hidden."""
-    table = Table("parameters", "count", "learning rate", "weight decay", box=None, header_style="bold")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = make_table("parameters", "count", "learning rate", "weight decay")
     for group in groups:
         table.add_row(
             group.name, f"{group.num_scalars:,}", f"{group.learning_rate:.3g}", f"{group.weight_decay:.3g}"
@@ -55,9 +78,7 @@ def loss_words(terms: Sequence[LossConfig]) -> str:
 
 def scores_table(report: Report) -> Table:
     """IoU and accuracy of every class in percent, and the means."""
-    table = Table("class", "IoU %", "accuracy %", "pixels %", box=None, header_style="bold")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = make_table("class", "IoU %", "accuracy %", "pixels %")
     scores = report.scores
     total = max(int(scores.pixels_K.sum()), 1)
     for index, name in enumerate(report.classes.names):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -17,6 +15,7 @@ from segdeformer.ablation.plan import Plan, PlannedRow, encoders
 from segdeformer.ablation.results import SCORE_RULE, Results
 from segdeformer.ablation.runs import Event, Failed, Finished, Progress, Started, Ticked
 from segdeformer.ablation.tables import DASH, FILES, NOTE_ON_SEEDS, cells, closing_line, setting_line
+from segdeformer.cli.show import make_table
 
 LINE_EVERY_S = 60.0
 MOST_CHANGES = 5  # of a row, to be told one by one
@@ -58,10 +57,10 @@ def _changes_line(plan: Plan, row: PlannedRow, folder: Path) -> str:
 def results_table(results: Results) -> Table:
     """The rows with scores, gains and the paper's figures."""
     has_paper = any(result.row.paper for result in results.rows)
-    table = Table("row", box=None, header_style="bold", pad_edge=False)
     heads = ["mIoU %", "seeds", "gain", "95 %"] + (["paper"] if has_paper else [])
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
+    table = make_table("row", *heads, pad_edge=False)
+    for column in table.columns[1:]:
+        column.no_wrap = True
     for result in results.rows:
         shown = cells(result)
         name = Text(shown.name)
@@ -99,7 +98,7 @@ def progress_line(progress: Progress) -> str:
 
 
 class AblationProgress:
-    """Shows events; `results` is replaced when a run has ended."""
+    """Shows events; `results` is replaced when a run has ended. `live` is for a terminal."""
 
     def __init__(self, console: Console, results: Results) -> None:
         self.console, self.results = console, results
@@ -154,17 +153,6 @@ class AblationProgress:
         return Group(
             "", results_table(results), "", Text("\n".join(lines), style="cyan", overflow="ellipsis")
         )
-
-    def __enter__(self) -> Self:
-        if self.console.is_terminal:
-            self.live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.console.is_terminal:
-            self.live.stop()
 
 
 def _minutes(seconds: float) -> str:

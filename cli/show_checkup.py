@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from segdeformer.cli.show import make_table
+
 if TYPE_CHECKING:
     from segdeformer.data.check.doctor import Checkup
 
@@ -29,7 +31,7 @@ def show_checkup(console: Console, checkup: Checkup) -> None:
 
 
 def _findings_table(checkup: Checkup) -> Table:
-    table = Table("", "split", "finding", "what to do", box=None, header_style="bold", padding=(0, 2, 1, 0))
+    table = make_table("", "split", "finding", "what to do", num_left=4, padding=(0, 2, 1, 0))
     for found in checkup.findings:
         files = f"\n{shown}" if (shown := found.shown_files()) else ""
         said = f"{found.kind}: {found.what}{files}"
@@ -38,19 +40,17 @@ def _findings_table(checkup: Checkup) -> Table:
 
 
 def _classes_table(checkup: Checkup) -> Table:
-    table = Table("class", box=None, header_style="bold")
-    for heading in ("train pixels %", "train images", "val pixels %", "val images", "weight"):
-        table.add_column(heading, justify="right")
+    table = make_table("class", "train pixels %", "train images", "val pixels %", "val images", "weight")
     histograms = [split.histogram for split in checkup.splits.values()]
+    totals = [int(histogram.pixels_K.sum()) for histogram in histograms]
     for index, name in enumerate(checkup.classes.names):
         cells = []
-        for histogram in histograms:
-            share = histogram.pixels_K[index] / max(int(histogram.pixels_K.sum()), 1)
+        for histogram, labelled in zip(histograms, totals, strict=True):
+            share = histogram.pixels_K[index] / max(labelled, 1)
             cells += [f"{100 * share:.3f}", f"{histogram.images_K[index]:,}"]
         table.add_row(f"{index} {name}", *cells, f"{checkup.class_weights[index]:g}")
     cells = []
-    for histogram in histograms:
-        total = histogram.ignored + int(histogram.pixels_K.sum())
-        cells += [f"{100 * histogram.ignored / max(total, 1):.3f}", ""]
+    for histogram, labelled in zip(histograms, totals, strict=True):
+        cells += [f"{100 * histogram.ignored / max(histogram.ignored + labelled, 1):.3f}", ""]
     table.add_row("ignored, of all", *cells, "", style="dim")
     return table

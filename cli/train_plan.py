@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -32,6 +30,7 @@ def show_plan(
     console: Console, prepared: Prepared, options: Options, runtime: Runtime, findings: Sequence[Finding]
 ) -> None:
     """The resolved recipe, what is in it, and two measured steps; nothing is written."""
+    from segdeformer.cli.show import make_table
     from segdeformer.cli.train_show import introduce
     from segdeformer.config import recipe_toml
     from segdeformer.training.plan import kernels_of, rehearse
@@ -46,7 +45,7 @@ def show_plan(
     if not findings:
         console.print("data: nothing found that would spoil training (names, and 64 pairs)", style="green")
 
-    kernels = Table("operation", "size", "by", box=None, header_style="bold")
+    kernels = make_table("operation", "size", "by", num_left=3)
     strides = tuple(run.model.encoder.strides)
     for kernel in kernels_of(recipe, runtime, strides, run.micro_batch_size):
         kernels.add_row(*kernel)

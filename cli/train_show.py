@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from segdeformer.cli.stopping import StoppedError, stop_request
 
@@ -23,9 +23,8 @@ def introduce(
     console: Console, run: Run, base: Recipe, findings: Sequence[Finding], *, shows_folder: bool = True
 ) -> None:
     """The run before its first step: changes of the recipe, data, device, who learns how fast."""
-    from segdeformer.cli.show import groups_table, schedule_line
+    from segdeformer.cli.show import device_words, groups_table, schedule_line
     from segdeformer.config.changes import differences
-    from segdeformer.kernels.impl import describe_impl
 
     recipe = run.recipe
     console.print(f"{recipe.name}: {recipe.description}", style="bold")
@@ -36,9 +35,8 @@ def introduce(
         f"data {data.name}: {len(data):,} training and {len(run.data.val):,} validation images, "
         f"{recipe.model.num_classes} classes"
     )
-    attention = describe_impl(run.runtime.impl, run.runtime.device)
     folder = f", run folder {run.folder}" if shows_folder else ""
-    console.print(f"device {run.runtime.device}, attention {attention}{folder}")
+    console.print(f"{device_words(run.runtime)}{folder}")
     if sharing := _sharing(run):
         console.print(sharing)
     if run.model.weights_report is not None:
@@ -93,7 +91,8 @@ def train_and_show(console: Console, run: Run, loggers: Sequence[OwnLogger]) -> 
     from segdeformer.training.loop import Skipped, Stopped, Validated, Validating, train
 
     best: Validated | None = None
-    with stop_request() as should_stop, TrainingProgress(console, run) as progress:
+    progress = TrainingProgress(console, run)
+    with stop_request() as should_stop, progress.bar:
         for event in train(run, should_stop=should_stop):
             for logger in loggers:
                 logger(event, run)
@@ -155,26 +154,16 @@ def _finish(console: Console, run: Run, best: Validated | None) -> None:
     recipe, path = run.recipe, run.folder / BEST
     model = build_like(run).eval()
     load_weights(model, path)
+    how: Any = {"protocol": recipe.evaluate, "data": recipe.data, "runtime": run.runtime}
     if best is None:
-        report = evaluate(
-            model,
-            run.data.val,
-            protocol=recipe.evaluate,
-            data=recipe.data,
-            runtime=run.runtime._replace(processes=ALONE),
-        )
+        alone = run.runtime._replace(processes=ALONE)
+        report = evaluate(model, run.data.val, **how | {"runtime": alone})
     else:
         report = best.report
     results = []
     for index in shown_indices(len(run.data.val)):
         sample = run.data.val.read(index)
-        prediction = predict_image(
-            model,
-            sample.image_HW3,
-            protocol=recipe.evaluate,
-            data=recipe.data,
-            runtime=run.runtime,
-        )
+        prediction = predict_image(model, sample.image_HW3, **how)
         results.append(ImageResult(sample, torch.from_numpy(prediction.ids_HW)))
     picture = run.folder / "validation.png"
     line = scores_line(report)

@@ -21,7 +21,7 @@ from segdeformer.ablation.plan import Plan, PlannedRow, Run
 from segdeformer.config import recipe_toml, validate_recipe
 from segdeformer.config.changes import differences
 from segdeformer.errors import UserError
-from segdeformer.files import write_text
+from segdeformer.files import write_json, write_text
 
 PLAN, LOCK, IMAGE_COUNTS = "plan.json", "lock", "images.npz"
 ORPHANS_SAVE_S = 120.0
@@ -62,7 +62,7 @@ def settle(folder: Path, plan: Plan) -> None:
         raise UserError(f"{folder} has rows, but no {PLAN} that says whose; choose another --out")
     for row in plan.rows:
         write_text(recipe_path(folder, row), recipe_toml(row.recipe))
-    write_text(path, json.dumps(_values(plan), indent=2) + "\n")
+    write_json(path, _values(plan))
 
 
 def _values(plan: Plan) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from segdeformer.ablation.results import (
     results_values,
 )
 from segdeformer.data.images import write_png
-from segdeformer.files import write_text
+from segdeformer.files import write_json, write_text
 from segdeformer.report.gains import GainLine, gains_plot
 
 DASH = "-"
@@ -199,7 +198,7 @@ def gain_lines(results: Results) -> list[GainLine]:
 
 def write_results(results: Results, folder: Path) -> None:
     """Write results as JSON, Markdown, CSV and a picture."""
-    write_text(folder / "ablation.json", json.dumps(results_values(results, folder), indent=2) + "\n")
+    write_json(folder / "ablation.json", results_values(results, folder))
     write_text(folder / "table.md", markdown(results))
     write_text(folder / "table.csv", csv_text(results))
     write_text(folder / "classes.csv", class_csv_text(results))

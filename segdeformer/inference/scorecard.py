@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 
 from segdeformer.config import DataConfig, EvalConfig
 from segdeformer.data.samples import LabelMap
-from segdeformer.files import write_text
+from segdeformer.files import write_json
 from segdeformer.inference.evaluate import Report, protocol_notes, report_values
 from segdeformer.version import __version__
 from segdeformer.weights.checkpoint import Checkpoint, file_sha256
@@ -44,4 +43,4 @@ def write_scorecard(
             "python": platform.python_version(),
         },
     }
-    write_text(path, json.dumps(values, indent=2) + "\n")
+    write_json(path, values)

@@ -28,8 +28,12 @@ from segdeformer.runtime.device import explained_shortage
 
 # Table 7's, with which the paper makes its point.
 TRIO = ("ade20k-segformer-b2", "ade20k-segdeformer-b2", "ade20k-segdeformer-b2-efficient")
-SIZE_ON_GPU, SIZE_ON_CPU = (512, 512), (256, 256)
 LESS = "take fewer models, or a smaller --size or --batch"
+
+
+def default_size(device: torch.device) -> tuple[int, int]:
+    """(height, width) of images that a device passes in reasonable time."""
+    return (256, 256) if device.type == "cpu" else (512, 512)
 
 
 class Options(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,13 +11,13 @@ from torch import Tensor
 
 from segdeformer.config import MLPFusionConfig, ModelConfig, UperNetConfig
 from segdeformer.errors import UsageError
-from segdeformer.files import replacing, write_text
+from segdeformer.files import replacing, write_json
 from segdeformer.models.encoders import TimmEncoder
 from segdeformer.models.segmenter import Segmenter
 from segdeformer.weights.checkpoint import Loaded
 from segdeformer.weights.deduce import RELEASED_CONTEXT
 from segdeformer.weights.imports import POSITION_INDEX
-from segdeformer.weights.names import PROJECT_TITLES, Project, name_table
+from segdeformer.weights.names import PROJECT_TITLES, Project, name_table, written
 from segdeformer.weights.parity import Parity, check_parity, huggingface_config
 
 
@@ -51,10 +50,7 @@ def export_model(loaded: Loaded, project: Project, out: Path, *, license_text: s
             f"{checkpoint.path} cannot be written for {PROJECT_TITLES[project]}, which has no name for "
             f"`{unknown[0]}` ({len(unknown)} such tensors)"
         )
-    tensors = {
-        link.theirs: link.write([state[name].cpu() for name in link.ours]).contiguous()
-        for link in table.links
-    }
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in written(table.links, state).items()}
     parity = check_parity(model, project, tensors, None) if check else None
     if project == "huggingface":
         files = _write_huggingface(loaded, tensors, out, license_text)
@@ -158,6 +154,7 @@ def _write_huggingface(
     weights = out / "model.safetensors"
     with replacing(weights) as aside:
         save_file(tensors, aside, {"format": "pt", "license": license_text})
-    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
-    write_text(out / "preprocessor_config.json", json.dumps(preprocessor, indent=2) + "\n")
-    return (weights, out / "config.json", out / "preprocessor_config.json")
+    settings = {out / "config.json": config, out / "preprocessor_config.json": preprocessor}
+    for path, values in settings.items():
+        write_json(path, values)
+    return (weights, *settings)

@@ -6,7 +6,7 @@ One table per project serves both directions. O out, I in channels, C channels o
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,8 +19,6 @@ from segdeformer.models.segmenter import Segmenter
 Project = Literal["nvlabs", "mmseg", "huggingface"]
 PROJECT_TITLES = {"nvlabs": "NVlabs", "mmseg": "mmsegmentation", "huggingface": "Hugging Face"}
 
-# linear: (O, I) there, (O, I, 1, 1) here. convolution: the other way round. table: (1, K, C) there.
-# unfolded: 2x2 pixels in the last dimension, there ordered (C, row, column), here (column, row, C).
 Layout = Literal["same", "linear", "convolution", "table", "unfolded"]
 
 # nvlabs, mmseg and huggingface as in `Project`. microsoft: mmsegmentation's heads on Swin's own names.
@@ -42,44 +40,54 @@ HUGGINGFACE_MIT = {
 }
 
 
+def _swap_first_and_last(value: Tensor) -> Tensor:
+    """Of the last three dimensions, which are then one."""
+    return value.transpose(-1, -3).flatten(-3)
+
+
+def _as_convolution(value: Tensor) -> Tensor:
+    return value[:, :, None, None]
+
+
+def _as_linear(value: Tensor) -> Tensor:
+    return value.flatten(1)
+
+
+# From ours to theirs, and back; what is not here is the same.
+LAYOUTS: dict[Layout, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "linear": (_as_linear, _as_convolution),  # (O, I) there, (O, I, 1, 1) here
+    "convolution": (_as_convolution, _as_linear),  # the other way round
+    "table": (lambda value: value[None], lambda value: value[0]),  # (1, K, C) there
+    "unfolded": (  # 2x2 pixels in the last dimension, there ordered (C, row, column), here (column, row, C)
+        lambda value: _swap_first_and_last(value.unflatten(-1, (2, 2, -1))),
+        lambda value: _swap_first_and_last(value.unflatten(-1, (-1, 2, 2))),
+    ),
+}
+
+
 class Link(NamedTuple):
     """One tensor there, and ours, which are concatenated in this order."""
 
     theirs: str
     ours: tuple[str, ...]
-    layout: Layout
+    layout: Layout = "same"
 
-    def write(self, values: Sequence[Tensor]) -> Tensor:
+    def write(self, state: Mapping[str, Tensor]) -> Tensor:
         """Our tensors as the other project's one."""
-        value = torch.cat(list(values)) if len(values) > 1 else values[0]
-        match self.layout:
-            case "linear":
-                return value.flatten(1)
-            case "convolution":
-                return value[:, :, None, None]
-            case "table":
-                return value[None]
-            case "unfolded":
-                return _swap_first_and_last(value.unflatten(-1, (2, 2, -1)))
-        return value
+        values = [state[name] for name in self.ours]
+        value = torch.cat(values) if len(values) > 1 else values[0]
+        return LAYOUTS[self.layout][0](value) if self.layout in LAYOUTS else value
 
-    def read(self, value: Tensor, rows: Sequence[int]) -> list[Tensor]:
-        """The other project's tensor as ours, of which each has so many rows."""
-        match self.layout:
-            case "linear":
-                value = value[:, :, None, None]
-            case "convolution":
-                value = value.flatten(1)
-            case "table":
-                value = value[0]
-            case "unfolded":
-                value = _swap_first_and_last(value.unflatten(-1, (-1, 2, 2)))
-        return list(value.split(list(rows))) if len(rows) > 1 else [value]
+    def read(self, value: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The other project's tensor as ours, with the rows that they have in `state`."""
+        value = LAYOUTS[self.layout][1](value) if self.layout in LAYOUTS else value
+        rows = [len(state[name]) for name in self.ours] if len(self.ours) > 1 else None
+        return dict(zip(self.ours, value.split(rows) if rows else [value], strict=True))
 
 
-def _swap_first_and_last(value: Tensor) -> Tensor:
-    """Of the last three dimensions, which are then one."""
-    return value.transpose(-1, -3).flatten(-3)
+def written(links: Sequence[Link], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors under the names, and in the shapes, of another project."""
+    return {link.theirs: link.write(state) for link in links}
 
 
 class Rule(NamedTuple):
@@ -105,6 +113,7 @@ class Names(NamedTuple):
     transformers5: str
 
 
+CLASSIFIER = r"decoder\.head\.classify"
 INTERNAL, EXTERNAL = r"decoder\.context\.internal\.0", r"decoder\.context\.external"
 # fmt: off
 STAGE_NAMES = (
@@ -137,13 +146,13 @@ NVLABS = (
     *(Rule(rf"decoder\.fusion\.project\.{i}", rf"decode_head.linear_c{i + 1}.proj", layout="linear")
       for i in range(4)),
     Rule(r"decoder\.fusion\.fuse", "decode_head.linear_fuse", "block"),
-    Rule(r"decoder\.head\.classify", "decode_head.linear_pred"),
+    Rule(CLASSIFIER, "decode_head.linear_pred"),
 )
 HUGGINGFACE = (
     Rule(r"decoder\.fusion\.project\.(\d)", r"decode_head.linear_c.\1.proj", layout="linear"),
     Rule(r"decoder\.fusion\.fuse\.0", "decode_head.linear_fuse"),
     Rule(r"decoder\.fusion\.fuse\.1", "decode_head.batch_norm"),
-    Rule(r"decoder\.head\.classify", "decode_head.classifier"),
+    Rule(CLASSIFIER, "decode_head.classifier"),
 )
 TRANSFORMERS5 = (
     Rule(r"decoder\.fusion\.project\.(\d)", r"decode_head.linear_projections.\1.proj", layout="linear"),
@@ -156,7 +165,7 @@ MMSEG_HEADS = (
     Rule(r"decoder\.fusion\.(bottleneck|fpn_bottleneck)", r"decode_head.\1", "block"),
     Rule(r"decoder\.fusion\.(lateral_convs|fpn_convs)\.(\d)", r"decode_head.\1.\2", "block"),
     Rule(r"decoder\.fusion\.neck\.(lateral_convs|convs)\.(\d)", r"neck.\1.\2.conv"),
-    Rule(r"decoder\.head\.classify", "decode_head.conv_seg"),
+    Rule(CLASSIFIER, "decode_head.conv_seg"),
     Rule(r"auxiliary\.block", "auxiliary_head.convs.0", "block"),
     Rule(r"auxiliary\.head\.classify", "auxiliary_head.conv_seg"),
     # The released SegDeformer head.
@@ -209,6 +218,11 @@ HEADS: dict[Naming, tuple[Rule, ...]] = {
     "transformers5": TRANSFORMERS5,
 }
 BLOCK_PARTS = {"0": "conv", "1": "bn"}
+
+
+def classifier_of(naming: Naming) -> str:
+    """What the weight of the layer that tells the classes is called."""
+    return next(f"{rule.theirs}.weight" for rule in HEADS[naming] if rule.ours == CLASSIFIER)
 
 
 class Table(NamedTuple):
