@@ -137,8 +137,7 @@ def _train(
     auto_batch: bool,
 ) -> None:
     from segdeformer.cli.show import make_console
-    from segdeformer.cli.train_plan import choose_accumulation, show_plan
-    from segdeformer.cli.train_show import introduce, train_and_show
+    from segdeformer.cli.train_show import choose_accumulation, introduce, show_plan, train_and_show
     from segdeformer.data.check.doctor import quick_check, refuse_errors
     from segdeformer.errors import UserError
     from segdeformer.measure.implementation import settle_training

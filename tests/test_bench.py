@@ -8,8 +8,9 @@ import typer
 from typer.testing import CliRunner
 
 from segdeformer.cli.bench import TAKES
+from segdeformer.cli.bench_fps import comparison_grids
 from segdeformer.cli.main import app
-from segdeformer.cli.show_bench import Grid, comparison_grids, markdown
+from segdeformer.cli.show import Grid, markdown
 from segdeformer.config import load_recipe, recipe_toml
 from segdeformer.data.classes import ClassTable
 from segdeformer.errors import UserError

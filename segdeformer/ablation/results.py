@@ -1,26 +1,31 @@
 """What an ablation has shown so far: scores of its rows, and gains over their baselines with intervals.
 
-Scores lie in [0, 1], as everywhere; percent points are for showing.
+Scores lie in [0, 1], as everywhere; percent points are for showing. A run is scored by the confusion matrices
+of its validation images, which are kept in a file. N images, K classes.
 """
 
 from __future__ import annotations
 
 import math
-import platform
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from segdeformer.ablation import statistics as bootstrap
 from segdeformer.ablation.folder import counts_path, is_finished, recipe_path, run_path
-from segdeformer.ablation.image_counts import read_image_counts
 from segdeformer.ablation.plan import Plan, PlannedRow, Run
 from segdeformer.ablation.statistics import ImageSums, Interval
+from segdeformer.config import Recipe
+from segdeformer.data.samples import Dataset
 from segdeformer.errors import UserError
-from segdeformer.inference.evaluate import protocol_notes
-from segdeformer.version import __version__
+from segdeformer.files import replacing
+from segdeformer.inference.evaluate import Tally, evaluate_images, protocol_notes
+from segdeformer.inference.metrics import ConfusionMatrix
+from segdeformer.inference.scorecard import versions
+from segdeformer.models.segmenter import Segmenter
+from segdeformer.runtime import ON_CPU, Runtime
 
 SCORE_RULE = "the model after the last iteration; none is chosen by its score, which would flatter noisy rows"
 SPREAD_RULE = "sample standard deviation over seeds (n - 1)"
@@ -29,6 +34,51 @@ INTERVAL_RULE = (
     "baseline, sums confusion matrices over the images and averages the gain in mIoU over the seeds; "
     "percentiles"
 )
+
+
+class ImageCounts(NamedTuple):
+    """counts: (N, K, K) uint32 pixels; rows are the truth, ignored pixels are left out."""
+
+    names: tuple[str, ...]  # of the images
+    classes: tuple[str, ...]
+    counts: np.ndarray
+    iteration: int  # of the model that predicted them
+
+
+def count_images(
+    model: Segmenter, dataset: Dataset, recipe: Recipe, *, iteration: int, runtime: Runtime = ON_CPU
+) -> ImageCounts:
+    """Evaluate as `segdeformer eval` does, but keep every image's confusion matrix."""
+    num_classes = len(dataset.classes.names)
+    names = []
+    counts_NKK = np.zeros((len(dataset), num_classes, num_classes), np.uint32)
+    tally = Tally(dataset.classes)
+    results = evaluate_images(
+        model, dataset, tally, protocol=recipe.evaluate, data=recipe.data, runtime=runtime
+    )
+    for index, result in enumerate(results):
+        confusion = ConfusionMatrix(num_classes)
+        confusion.add(result.sample.labels_HW, result.ids)
+        names.append(result.sample.name)
+        counts_NKK[index] = confusion.counts_KK
+    return ImageCounts(tuple(names), tuple(dataset.classes.names), counts_NKK, iteration)
+
+
+def write_image_counts(path: Path, counts: ImageCounts) -> None:
+    """Write the matrices as a compressed NumPy file, its arrays named as the fields."""
+    with replacing(path) as aside, aside.open("wb") as file:
+        names, classes, counts_NKK, iteration = counts
+        np.savez_compressed(file, names=names, classes=classes, counts=counts_NKK, iteration=iteration)
+
+
+def read_image_counts(path: Path) -> ImageCounts:
+    """Raises `UserError` when there is no such file or it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names, classes = (tuple(map(str, file[key])) for key in ("names", "classes"))
+            return ImageCounts(names, classes, file["counts"], int(file["iteration"]))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read ({error}); remove it to have the run scored anew") from None
 
 
 class RunScore(NamedTuple):
@@ -181,11 +231,7 @@ def results_values(results: Results, folder: Path) -> dict[str, Any]:
             "resamples": bootstrap.RESAMPLES,
             "generator": f"numpy Philox, keys {bootstrap.KEY}, 0 (images) and {bootstrap.KEY}, 1 (seeds)",
         },
-        "versions": {
-            "segdeformer": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "complete": results.num_finished == len(plan.runs),
         "classes": list(results.classes),
         "rows": [_row_values(plan, row, folder) for row in results.rows],

@@ -111,10 +111,12 @@ class _Job:
         self.process = self._start((*SCORE, str(self.path), *self.slot.options))
 
     def _start(self, command: tuple[str, ...]) -> subprocess.Popen[bytes]:
+        if sys.platform == "linux":  # told to save and end when this process is killed
+            command = (sys.executable, "-ISc", GUARD, str(os.getpid()), *command)
         with log_path(self.folder, self.run).open("ab") as log:
             self.log_began = log.tell()
             return subprocess.Popen(
-                _guarded(command),
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -211,10 +213,3 @@ def _last_step(path: Path) -> tuple[int, float | None]:
         if entry["kind"] == "train":
             return entry["iteration"], entry["loss"]
     return 0, None
-
-
-def _guarded(command: tuple[str, ...]) -> tuple[str, ...]:
-    """On Linux: the command, so that it is told to save and end when this process is killed."""
-    if sys.platform != "linux":
-        return command
-    return (sys.executable, "-ISc", GUARD, str(os.getpid()), *command)

@@ -15,6 +15,11 @@ from segdeformer.version import __version__
 from segdeformer.weights.checkpoint import Checkpoint, file_sha256
 
 
+def versions() -> dict[str, str]:
+    """What a score was made with."""
+    return {"segdeformer": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
 def write_scorecard(
     path: Path,
     report: Report,
@@ -37,10 +42,6 @@ def write_scorecard(
             "iteration": checkpoint.iteration,
             "license": checkpoint.license,
         },
-        "versions": {
-            "segdeformer": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
     write_json(path, values)

@@ -109,16 +109,12 @@ def compare(
             models.append(build(alternative, device))
     for built in models:
         _settle_auto(built, options, tell)
-    memories: list[Memory | None] = []
-    for built in models:
-        say(f"memory of {built.alternative.label}")
-        memories.append(_memory(built, options) if options.memory else None)
+    memories = [_memory(built, options, say) for built in models]
     times_ms = _times(models, options, device, say)
     measured = []
     for built, memory in zip(models, memories, strict=True):
-        label = built.alternative.label
-        say(f"parts of {label}")
-        measured.append(_measured(built, times_ms[label], memory, options))
+        say(f"parts of {built.alternative.label}")
+        measured.append(_measured(built, times_ms[built.alternative.label], memory, options))
     return Comparison(machine, str(device), options, measured)
 
 
@@ -142,7 +138,10 @@ def _settle_auto(built: Built, options: Options, tell: Callable[[str], None]) ->
     settle_impl(Runtime(built.device, setting.impl), find_calls, about=about, say=tell)
 
 
-def _memory(built: Built, options: Options) -> Memory:
+def _memory(built: Built, options: Options, say: Callable[[str], None]) -> Memory | None:
+    say(f"memory of {built.alternative.label}")
+    if not options.memory:
+        return None
     with _explained(built.alternative.label):
         return measure_memory(built, batch=options.batch, size=options.size, argmax=options.argmax)
 
@@ -161,14 +160,11 @@ def _times(
             for _ in range(options.warmup):
                 runs[label]()
             synchronize(device)
-    times_ms: dict[str, list[float]] = {label: [] for label in runs}
-    for number, round_ms in enumerate(
-        alternating_ms(runs, length=options.length, wait=partial(synchronize, device)), start=1
-    ):
-        for label, ms in round_ms.items():
-            times_ms[label].append(ms)
-        say(f"round {number}: " + ", ".join(f"{ms:.1f}" for ms in round_ms.values()) + " ms")
-    return times_ms
+    rounds = []
+    for round_ms in alternating_ms(runs, length=options.length, wait=partial(synchronize, device)):
+        rounds.append(round_ms)
+        say(f"round {len(rounds)}: " + ", ".join(f"{ms:.1f}" for ms in round_ms.values()) + " ms")
+    return {label: [round_ms[label] for round_ms in rounds] for label in runs}
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -34,24 +34,21 @@ def metered(model: Segmenter, read: Callable[[], T]) -> Iterator[dict[str, tuple
     readings: dict[str, tuple[T, T]] = {}
     modules: dict[str, nn.Module] = {"encoder": model.encoder, "decoder": model.decoder}
     modules |= {name: part for name, part in model.decoder.named_children() if name in ("fusion", "head")}
-    with ExitStack() as stack:
-        for name, module in modules.items():
-            for handle in _hooks(name, module, read, readings):
-                stack.callback(handle.remove)
-        yield readings
+    names = {id(module): name for name, module in modules.items()}
 
-
-def _hooks(
-    name: str, module: nn.Module, read: Callable[[], T], readings: dict[str, tuple[T, T]]
-) -> tuple[Any, Any]:
     def before(module: nn.Module, inputs: object) -> None:
         now = read()
-        readings[name] = now, now
+        readings[names[id(module)]] = now, now
 
     def after(module: nn.Module, inputs: object, output: object) -> None:
+        name = names[id(module)]
         readings[name] = readings[name][0], read()
 
-    return module.register_forward_pre_hook(before), module.register_forward_hook(after)
+    with ExitStack() as stack:
+        for module in modules.values():
+            stack.callback(module.register_forward_pre_hook(before).remove)
+            stack.callback(module.register_forward_hook(after).remove)
+        yield readings
 
 
 def split_of(spent: Mapping[str, int]) -> Split[int]:

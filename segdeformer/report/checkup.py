@@ -11,7 +11,7 @@ from segdeformer.data.images import write_png
 from segdeformer.data.samples import Sample
 from segdeformer.errors import UserError
 from segdeformer.files import write_json
-from segdeformer.report.overlays import Labelled, overlay_page
+from segdeformer.report.sheet import Labelled, overlay_page
 from segdeformer.version import __version__
 
 

@@ -110,7 +110,10 @@ def import_model(
         recipe = adapt_recipe(source, load_recipe(recipe_name), num_classes)
         recipe, title = _without_auxiliary(recipe, source), f"recipe {recipe_name}"
         model = build_model(recipe.model)
-        naming = _best_naming(model, source)
+        naming = max(
+            NAMINGS[source.project],
+            key=lambda naming: sum(link.theirs in source.tensors for link in name_table(model, naming).links),
+        )
     table = name_table(model, naming)
     if table.unknown:
         raise UserError(
@@ -150,13 +153,6 @@ def _without_auxiliary(recipe: Recipe, source: Source) -> Recipe:
     if recipe.model.auxiliary is None or any(name.startswith("auxiliary_head.") for name in source.tensors):
         return recipe
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"auxiliary": None})})
-
-
-def _best_naming(model: Segmenter, source: Source) -> Naming:
-    def num_found(naming: Naming) -> int:
-        return sum(link.theirs in source.tensors for link in name_table(model, naming).links)
-
-    return max(NAMINGS[source.project], key=num_found)
 
 
 def _fill(model: Segmenter, table: Table, source: Source, title: str) -> tuple[str, ...]:

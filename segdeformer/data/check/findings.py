@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 Level = Literal["error", "warning", "note"]
@@ -94,9 +94,10 @@ def finding(kind: str, split: str, what: str, files: Sequence[object] = (), *, r
 
 def findings_of(
     kind: str, split: str, files: Sequence[object], what: str, *, remedy: str = ""
-) -> list[Finding]:
+) -> Iterator[Finding]:
     """A finding if there are files with the fault, else none."""
-    return [finding(kind, split, what, files, remedy=remedy)] if files else []
+    if files:
+        yield finding(kind, split, what, files, remedy=remedy)
 
 
 def _printable(name: str) -> str:
@@ -104,6 +105,6 @@ def _printable(name: str) -> str:
     return name.encode("utf-8", "replace").decode()
 
 
-def sorted_findings(findings: Sequence[Finding]) -> tuple[Finding, ...]:
+def sorted_findings(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """The worst first, otherwise in the order they were made."""
     return tuple(sorted(findings, key=lambda found: list(REMEDIES).index(found.level)))

@@ -7,14 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from segdeformer.data.check.examine import Exam, Levels
-from segdeformer.data.check.findings import Finding, finding, findings_of
-from segdeformer.data.classes import ClassTable
 
 WEIGHT_RULE = "median-frequency"
-NO_LABEL_NAMES = (
-    *("void", "ignore", "ignored", "unlabeled", "unlabelled"),
-    *("don't care", "dontcare", "dont_care"),
-)
 
 
 class ColorScale(NamedTuple):
@@ -67,31 +61,3 @@ class Histogram:
         median = float(np.median(frequency_K[occurs_K]))
         weight_K = np.divide(median, frequency_K, out=np.ones(len(occurs_K)), where=occurs_K)
         return tuple(float(f"{weight:.4g}") for weight in weight_K)
-
-
-def class_findings(train: Histogram, val: Histogram, classes: ClassTable) -> list[Finding]:
-    """Classes that only one split holds, or none, and those whose names say that they are none."""
-    in_train_K, in_val_K = train.pixels_K > 0, val.pixels_K > 0
-
-    def of_classes(kind: str, split: str, chosen_K: np.ndarray, text: str, remedy: str = "") -> list[Finding]:
-        names = [name for name, chosen in zip(classes.names, chosen_K, strict=True) if chosen]
-        what = f"{len(names)} of {len(classes.names)} classes {text}"
-        return findings_of(kind, split, names, what, remedy=remedy)
-
-    findings = []
-    if np.count_nonzero(in_train_K) == 1:
-        only = classes.names[int(np.argmax(in_train_K))]
-        findings.append(finding("one class in all of train", "train", "every label is of one class", [only]))
-    elif in_train_K.any():
-        never_K = ~in_train_K & ~in_val_K
-        is_shifted = never_K[0] and not train.ignored and np.count_nonzero(never_K) == 1
-        hint = "if id 0 was meant for unlabelled pixels, the ids may be shifted by one" if is_shifted else ""
-        findings += of_classes("class not in train", "both", never_K, "never occur", hint)
-        missed_K = ~in_train_K & in_val_K
-        findings += of_classes("class only in val", "train", missed_K, "occur in val, but not in train")
-        if in_val_K.any():
-            missed_K = in_train_K & ~in_val_K
-            findings += of_classes("class not in val", "val", missed_K, "occur in train, but not in val")
-    meant_K = np.array([name.strip().lower() in NO_LABEL_NAMES for name in classes.names]) & in_train_K
-    text = "are named as if they meant no label"
-    return findings + of_classes("class that means no label", "train", meant_K, text)

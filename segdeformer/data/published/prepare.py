@@ -15,7 +15,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from segdeformer.data.classes import CLASS_TABLES
-from segdeformer.data.datasets import ADE20K_MAP, CITYSCAPES_MAP, COCO_STUFF_MAP, map_labels
+from segdeformer.data.datasets import (
+    CITYSCAPES_MAP,
+    COCO_STUFF_MAP,
+    PUBLISHED,
+    FoundLabels,
+    map_labels,
+    with_labels,
+)
 from segdeformer.data.folders import Layout, Pair, list_files, pair_files
 from segdeformer.data.images import read_labels, write_png
 from segdeformer.data.parallel import in_threads
@@ -37,13 +44,6 @@ RECIPES = {
     "cityscapes": "cityscapes-segdeformer-b5-efficient",
     "coco_stuff": "coco_stuff-segdeformer-b5",
 }
-
-
-class SplitSource(NamedTuple):
-    """A split's files, and how a label file becomes class ids."""
-
-    layout: Layout
-    read: Callable[[Path], np.ndarray]
 
 
 class Made(NamedTuple):
@@ -70,7 +70,7 @@ class Preparation:
         self.recipe = RECIPES[name]  # to train on it with
         self.place = _copied if copy else _linked
         self.sources = {split: _FIND[name](source, split) for split in COUNTS[name]}
-        self.pairs = {split: pair_files(found.layout) for split, found in self.sources.items()}
+        self.pairs = {split: pair_files(layout) for split, (layout, _) in self.sources.items()}
         self.made: list[Made] = []
 
     def __len__(self) -> int:
@@ -90,8 +90,11 @@ class Preparation:
         try:
             is_new = not _is_done(labels, pair.labels)
             if is_new:
-                write_png(labels, self.sources[split].read(pair.labels))
-            if not _is_same(image, pair.image):
+                write_png(labels, _class_ids(pair.labels, self.sources[split][1]))
+            # the source itself, or as many bytes
+            if not image.exists() or not (
+                image.samefile(pair.image) or image.stat().st_size == pair.image.stat().st_size
+            ):
                 self.place(pair.image, image)
         except UserError as error:
             return Made(split, False, str(error))
@@ -131,25 +134,19 @@ class Preparation:
 # Where the archives unpack to, and what their label files hold.
 
 
-def _ade20k(root: Path, split: Split) -> SplitSource:
+def _ade20k(root: Path, split: Split) -> FoundLabels:
     """ADEChallengeData2016.zip."""
     root = _first_folder(root, ".", "ADEChallengeData2016", wanted="images/training")
-    folder = {"train": "training", "val": "validation"}[split]
-    layout = Layout(root, f"images/{folder}", (".jpg",), f"annotations/{folder}", (".png",))
-    return SplitSource(layout, partial(_mapped, label_map=ADE20K_MAP))
+    return PUBLISHED["ade20k"](root, split)
 
 
-def _cityscapes(root: Path, split: Split) -> SplitSource:
+def _cityscapes(root: Path, split: Split) -> FoundLabels:
     """leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip: label ids, or else polygons to draw."""
-    layout = Layout(
-        root, f"leftImg8bit/{split}", ("_leftImg8bit.png",), f"gtFine/{split}", ("_gtFine_labelIds.png",)
-    )
-    if list_files(root / layout.labels, layout.label_endings).found:
-        return SplitSource(layout, partial(_mapped, label_map=CITYSCAPES_MAP))
-    return SplitSource(layout._replace(label_endings=("_gtFine_polygons.json",)), draw_polygons)
+    formats = ("_gtFine_labelIds.png", CITYSCAPES_MAP), ("_gtFine_polygons.json", None)
+    return with_labels(root, f"leftImg8bit/{split}", "_leftImg8bit.png", f"gtFine/{split}", *formats)
 
 
-def _coco_stuff(root: Path, split: Split) -> SplitSource:
+def _coco_stuff(root: Path, split: Split) -> FoundLabels:
     """train2017.zip, val2017.zip and stuffthingmaps_trainval2017.zip, under `images` and `annotations`.
 
     Also found: the images beside, and the label maps in `stuffthingmaps`.
@@ -159,11 +156,10 @@ def _coco_stuff(root: Path, split: Split) -> SplitSource:
     places = (f"annotations/{folder}", f"stuffthingmaps/{folder}", folder)  # the last: all in one place
     labels = _first_folder(root, *places, wanted=".")
     below = [path.relative_to(root).as_posix() for path in (images, labels)]
-    layout = Layout(root, below[0], (".jpg",), below[1], (".png",))
-    return SplitSource(layout, partial(_mapped, label_map=COCO_STUFF_MAP))
+    return Layout(root, below[0], (".jpg",), below[1], (".png",)), COCO_STUFF_MAP
 
 
-_FIND: dict[str, Callable[[Path, Split], SplitSource]] = {
+_FIND: dict[str, Callable[[Path, Split], FoundLabels]] = {
     "ade20k": _ade20k,
     "cityscapes": _cityscapes,
     "coco_stuff": _coco_stuff,
@@ -176,8 +172,9 @@ def _first_folder(root: Path, *places: str, wanted: str) -> Path:
     return there[0] if there else root / places[0]
 
 
-def _mapped(path: Path, *, label_map: LabelMap) -> np.ndarray:
-    return map_labels(read_labels(path), label_map, path)
+def _class_ids(path: Path, label_map: LabelMap | None) -> np.ndarray:
+    """Of a label file whose ids mean this, or of Cityscapes' polygons."""
+    return draw_polygons(path) if label_map is None else map_labels(read_labels(path), label_map, path)
 
 
 # Files.
@@ -193,11 +190,6 @@ def _is_done(labels: Path, source: Path) -> bool:
             return file.read() == PNG_END
     except OSError:
         return False
-
-
-def _is_same(image: Path, source: Path) -> bool:
-    """Whether the image is there: the source itself, or as many bytes."""
-    return image.exists() and (image.samefile(source) or image.stat().st_size == source.stat().st_size)
 
 
 def _linked(source: Path, image: Path) -> None:
