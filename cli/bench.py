@@ -174,8 +174,8 @@ def _gpu(name: str) -> torch.device:
 
     import torch
 
-    from segdeformer.cli.options import checked_impl
     from segdeformer.errors import UsageError
+    from segdeformer.runtime import choose_runtime
     from segdeformer.runtime.device import choose_device
 
     if not torch.cuda.is_available():
@@ -186,11 +186,9 @@ def _gpu(name: str) -> torch.device:
 
     if interpreting():
         raise UsageError("TRITON_INTERPRET=1 is set, so no kernel would run on the GPU; unset it")
-    device = choose_device(name)
-    if device.type != "cuda":
+    if choose_device(name).type != "cuda":
         raise UsageError(f"device is `{name}`; bench --tune needs cuda or cuda:N")
-    checked_impl("triton", device)
-    return device
+    return choose_runtime(name, "triton").device
 
 
 def _show(console: Console, events: Iterator[Event]) -> None:

@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from typer import Argument, Option
-
-from segdeformer.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
-
-    from segdeformer.kernels.impl import Impl
 
 Device = Annotated[str, Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
 ImplName = Annotated[
@@ -42,13 +35,3 @@ CheckpointArgument = Annotated[
     Path | None,
     Argument(help="A checkpoint, or a run folder (its best). Default: the newest run under runs/."),
 ]
-
-
-def checked_impl(name: str, device: torch.device) -> Impl:
-    """The implementation's name; raises `UsageError` for one that cannot run on this device."""
-    from segdeformer.kernels.impl import check_impl
-
-    try:
-        return check_impl(name, device)
-    except ValueError as error:
-        raise UsageError(f"--{error}") from None

@@ -15,15 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from segdeformer.cli.show import (
-    device_words,
-    groups_table,
-    make_table,
-    percent,
-    schedule_line,
-    scores_line,
-    scores_table,
-)
+from segdeformer.cli import show
 from segdeformer.cli.stopping import StoppedError, stop_request
 from segdeformer.runtime.device import peak_memory_mib
 
@@ -59,7 +51,7 @@ def introduce(
         f"{recipe.model.num_classes} classes"
     )
     folder = f", run folder {run.folder}" if shows_folder else ""
-    console.print(f"{device_words(run.runtime)}{folder}")
+    console.print(f"{show.device_words(run.runtime)}{folder}")
     if sharing := _sharing(run):
         console.print(sharing)
     if run.model.weights_report is not None:
@@ -75,8 +67,8 @@ def introduce(
         console.print(found.line(), style="yellow")
     for warning in run.progress.warnings:
         console.print(f"warning: {warning}", style="yellow")
-    console.print(groups_table(run.groups, recipe.train), soft_wrap=False)
-    console.print(schedule_line(recipe))
+    console.print(show.groups_table(run.groups, recipe.train), soft_wrap=False)
+    console.print(show.schedule_line(recipe))
     if run.progress.iteration:
         console.print(f"goes on after iteration {run.progress.iteration:,}")
 
@@ -136,7 +128,7 @@ def show_plan(
     if not findings:
         console.print("data: nothing found that would spoil training (names, and 64 pairs)", style="green")
 
-    kernels = make_table("operation", "size", "by", num_left=3)
+    kernels = show.make_table("operation", "size", "by", num_left=3)
     strides = tuple(run.model.encoder.strides)
     for kernel in kernels_of(recipe, runtime, strides, run.micro_batch_size):
         kernels.add_row(*kernel)
@@ -220,8 +212,8 @@ class TrainingProgress:
         self.bar.update(self.validation, completed=0, visible=False)
         report = event.report
         self.console.print(
-            f"iteration {event.iteration:,}: mIoU {percent(report.scores.miou)} %, "
-            f"aAcc {percent(report.pixel_accuracy)} %, loss {report.loss:.4f}"
+            f"iteration {event.iteration:,}: mIoU {show.percent(report.scores.miou)} %, "
+            f"aAcc {show.percent(report.pixel_accuracy)} %, loss {report.loss:.4f}"
             f"{', best so far' if event.is_best else ''}"
             f"  ({_minutes(time.monotonic() - self.began)})"
         )
@@ -307,9 +299,9 @@ def _finish(console: Console, run: Run, best: Validated | None) -> None:
         prediction = predict_image(model, sample.image_HW3, **how)
         results.append(ImageResult(sample, torch.from_numpy(prediction.ids_HW)))
     picture = run.folder / "validation.png"
-    line = scores_line(report)
+    line = show.scores_line(report)
     write_sheet(picture, results, report.classes, headline=f"{recipe.name}: {line}")
-    console.print(scores_table(report), soft_wrap=False)
+    console.print(show.scores_table(report), soft_wrap=False)
     console.print(f"iteration {read_checkpoint(path).iteration:,}: {line}", style="bold")
     console.print(f"picture:    {picture}")
     console.print(f"checkpoint: {path}")

@@ -165,12 +165,7 @@ def refuse_errors(findings: Sequence[Finding]) -> None:
 # The pairs of a split, and what the names of its files alone say: partners, doubles, endings.
 
 
-class FoundPairs(NamedTuple):
-    pairs: tuple[Pair, ...]
-    findings: list[Finding]
-
-
-def find_pairs(split: str, layout: Layout) -> FoundPairs:
+def find_pairs(split: str, layout: Layout) -> tuple[tuple[Pair, ...], list[Finding]]:
     """Like `pair_files`, but what is wrong becomes findings."""
     image_folder, label_folder = layout.root / layout.images, layout.root / layout.labels
     try:
@@ -178,10 +173,11 @@ def find_pairs(split: str, layout: Layout) -> FoundPairs:
         images = list_files(image_folder, layout.image_endings)
         check_any_images(layout, images)
     except UserError as error:
-        return FoundPairs((), [finding("no data", split, str(error))])
+        return (), [finding("no data", split, str(error))]
     labels = list_files(label_folder, layout.label_endings)
     without_image = sorted(labels.found.keys() - images.found.keys())
-    without_labels = sorted(images.found.keys() - labels.found.keys())
+    lonely_images = images.found.keys() - labels.found.keys()
+    without_labels = sorted(lonely_images)
     other_labels = {path: path.relative_to(label_folder).with_suffix("").as_posix() for path in labels.others}
 
     equations = [f"{first} = {second}" for first, second in (*images.clashes, *labels.clashes)]
@@ -189,9 +185,7 @@ def find_pairs(split: str, layout: Layout) -> FoundPairs:
     findings = [*findings_of("duplicate names", split, equations, what)]
 
     ending = layout.label_endings[0]
-    misnamed = [
-        path for path, name in other_labels.items() if name in images.found and name not in labels.found
-    ]
+    misnamed = [path for path, name in other_labels.items() if name in lonely_images]
     what = f"label maps that end in {_endings(misnamed)}: {len(misnamed)}; {ending} was expected"
     findings += findings_of("label map of another format", split, misnamed, what)
 
@@ -207,24 +201,23 @@ def find_pairs(split: str, layout: Layout) -> FoundPairs:
     findings += findings_of("missing image", split, [labels.found[name] for name in without_image], what)
 
     unread = [*images.others, *(path for path, name in other_labels.items() if name not in images.found)]
-    left = [path for path in unread if _may_be_data(path)]
+    left = [  # no notes, and no side files of published data
+        path
+        for path in unread
+        if path.suffix.lower() not in NOT_DATA and path.is_file()
+        if not any(mark in path.name.lower() for mark in SIDE_BY_SIDE)
+    ]
     what = f"files that end in {_endings(left)} and are not read: {len(left)}"
     findings += findings_of("files left out", split, left, what)
 
     both = sorted(images.found.keys() & labels.found.keys())
-    return FoundPairs(tuple(Pair(name, images.found[name], labels.found[name]) for name in both), findings)
+    return tuple(Pair(name, images.found[name], labels.found[name]) for name in both), findings
 
 
 def _similar(name: str, others: Sequence[str]) -> str | None:
     """A name that has this one in it, or the reverse, whatever the case: `x_mask` for `x`, `B` for `b`."""
     name = name.lower()
     return next((other for other in others if name in other.lower() or other.lower() in name), None)
-
-
-def _may_be_data(path: Path) -> bool:
-    """No notes, and no side files of published data."""
-    beside = any(mark in path.name.lower() for mark in SIDE_BY_SIDE)
-    return path.suffix.lower() not in NOT_DATA and not beside and path.is_file()
 
 
 def _endings(paths: Sequence[Path]) -> str:
