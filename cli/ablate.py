@@ -77,16 +77,16 @@ def ablate_command(
         batch=batch,
         weights=weights,
     )
-    folder = out or default_folder(what, plan)
+    plan = plan._replace(folder=out or default_folder(what, plan))
     slots = make_slots(device, kind, jobs=jobs, impl=impl)
     console = make_console()
-    with locked(folder, console.print) as lock:
-        settle(folder, plan)
-        introduce(console, plan, folder, num_at_once=len(slots))
-        _run(console, plan, folder, slots, lock)
+    with locked(plan.folder, console.print) as lock:
+        settle(plan)
+        introduce(console, plan, num_at_once=len(slots))
+        _run(console, plan, slots, lock)
 
 
-def _run(console: Console, plan: Plan, folder: Path, slots: list[Slot], lock: int) -> None:
+def _run(console: Console, plan: Plan, slots: list[Slot], lock: int) -> None:
     """Train and show until all is done; ends with the table, the files, and an exit code."""
     from segdeformer.ablation.results import Collector
     from segdeformer.ablation.runs import Failed, Finished, Stopped, execute
@@ -94,20 +94,20 @@ def _run(console: Console, plan: Plan, folder: Path, slots: list[Slot], lock: in
     from segdeformer.cli.show_ablation import AblationProgress, conclude
     from segdeformer.errors import UserError
 
-    collector = Collector(plan, folder)
+    collector = Collector(plan)
     progress = AblationProgress(console, collector.results())
     asked: list[int] = []  # by Ctrl-C, or SIGTERM
     num_left = 0
     with (
         answered_by(lambda number, _frame: asked.append(number), ("SIGINT", "SIGTERM")),
         progress.live if console.is_terminal else contextlib.nullcontext(),
-        contextlib.closing(execute(plan, folder, slots, lock=lock, should_stop=lambda: len(asked))) as stream,
+        contextlib.closing(execute(plan, slots, lock=lock, should_stop=lambda: len(asked))) as stream,
     ):
         for event in stream:
             match event:
                 case Finished():
                     progress.results = collector.results()
-                    write_results(progress.results, folder)
+                    write_results(progress.results)
                 case Failed(run, reason):
                     collector.failures[run.row.name, run.seed] = reason
                     progress.results = collector.results()
@@ -117,12 +117,12 @@ def _run(console: Console, plan: Plan, folder: Path, slots: list[Slot], lock: in
             if asked:
                 progress.stopping_now()
     results = collector.results()
-    write_results(results, folder)
-    conclude(console, results, folder)
+    write_results(results)
+    conclude(console, results)
     if num_left:
         raise UserError(f"stopped with {num_left} runs left, all is saved; the same command goes on")
     if collector.failures:
         raise UserError(
             f"{len(collector.failures)} of {len(plan.runs)} runs failed, see above and "
-            f"{folder / 'rows'}/*/seed-*.log; the same command tries them again"
+            f"{plan.folder / 'rows'}/*/seed-*.log; the same command tries them again"
         )

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from segdeformer.measure.alternatives import Alternative
     from segdeformer.measure.fps import Comparison, Measured, Options
-    from segdeformer.measure.parts import Split
+    from segdeformer.measure.speed import Split
 
 
 def bench_fps(

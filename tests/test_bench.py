@@ -20,8 +20,7 @@ from segdeformer.measure.fps import Comparison, Measured, Options
 from segdeformer.measure.machine import Machine
 from segdeformer.measure.memory import Memory, measure_memory
 from segdeformer.measure.parameters import PartCounts, compared, count_parameters
-from segdeformer.measure.parts import Split
-from segdeformer.measure.speed import Length, alternating_ms, latency, percentile, split_ms
+from segdeformer.measure.speed import Length, Split, alternating_ms, latency, percentile, split_ms
 from segdeformer.paper.figures import ParamsRow, paper, paper_speeds, params_rows
 from segdeformer.weights.build import build_model
 from segdeformer.weights.checkpoint import save_checkpoint

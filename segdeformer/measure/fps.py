@@ -19,8 +19,7 @@ from segdeformer.measure.implementation import settle_impl
 from segdeformer.measure.machine import Machine, this_machine
 from segdeformer.measure.memory import Memory, measure_memory
 from segdeformer.measure.parameters import count_recipe
-from segdeformer.measure.parts import Split
-from segdeformer.measure.speed import SPLIT_PASSES, Latency, Length, alternating_ms, latency, split_ms
+from segdeformer.measure.speed import SPLIT_PASSES, Latency, Length, Split, alternating_ms, latency, split_ms
 from segdeformer.models.skeleton import without_weights
 from segdeformer.paper.figures import PaperSpeed, paper_speeds
 from segdeformer.runtime import Runtime

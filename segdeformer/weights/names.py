@@ -1,12 +1,15 @@
 """What each of our tensors is called, and how it is laid out, in another project's files.
 
-One table per project serves both directions. O out, I in channels, C channels of a map, K classes.
+One table per project, in names.toml, serves both directions. O out, I in channels, C channels of a map, K
+classes.
 """
 
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -114,109 +117,15 @@ class Names(NamedTuple):
 
 
 CLASSIFIER = r"decoder\.head\.classify"
-INTERNAL, EXTERNAL = r"decoder\.context\.internal\.0", r"decoder\.context\.external"
-# fmt: off
-STAGE_NAMES = (
-    Names("patch_embed.proj", "patch_embed{s}.proj", "layers.{i}.0.projection",
-          "encoder.patch_embeddings.{i}.proj", "stages.{i}.patch_embeddings.proj"),
-    Names("patch_embed.norm", "patch_embed{s}.norm", "layers.{i}.0.norm",
-          "encoder.patch_embeddings.{i}.layer_norm", "stages.{i}.patch_embeddings.layer_norm"),
-    Names("norm", "norm{s}", "layers.{i}.2", "encoder.layer_norm.{i}", "stages.{i}.layer_norm"),
+TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+MIT_NAMES = (
+    *(Names(*row) for row in TABLES["mit_stage"]),
+    *(Names(*map(".".join, zip(TABLES["mit_block"], row, strict=True))) for row in TABLES["mit_in_block"]),
 )
-BLOCK = Names("blocks.{j}", "block{s}.{j}", "layers.{i}.1.{j}",
-              "encoder.block.{i}.{j}", "stages.{i}.blocks.{j}")
-# A name that stands in several rows of a column is one tensor there: ours, concatenated in this order.
-BLOCK_NAMES = (
-    Names("norm1", "norm1", "norm1", "layer_norm_1", "layernorm_before"),
-    Names("attention.query", "attn.q", "attn.attn.in_proj", "attention.self.query", "attention.q_proj"),
-    Names("attention.key", "attn.kv", "attn.attn.in_proj", "attention.self.key", "attention.k_proj"),
-    Names("attention.value", "attn.kv", "attn.attn.in_proj", "attention.self.value", "attention.v_proj"),
-    Names("attention.proj", "attn.proj", "attn.attn.out_proj", "attention.output.dense", "attention.o_proj"),
-    Names("attention.reduce", "attn.sr", "attn.sr", "attention.self.sr",
-          "attention.sequence_reduction.sequence_reduction"),
-    Names("attention.reduce_norm", "attn.norm", "attn.norm", "attention.self.layer_norm",
-          "attention.sequence_reduction.layer_norm"),
-    Names("norm2", "norm2", "norm2", "layer_norm_2", "layernorm_after"),
-    Names("ffn.expand", "mlp.fc1", "ffn.layers.0", "mlp.dense1", "mlp.fc1"),
-    Names("ffn.depthwise", "mlp.dwconv.dwconv", "ffn.layers.1", "mlp.dwconv.dwconv", "mlp.dwconv.dwconv"),
-    Names("ffn.contract", "mlp.fc2", "ffn.layers.4", "mlp.dense2", "mlp.fc2"),
-)
-MIT_NAMES = (*STAGE_NAMES, *(Names(*map(".".join, zip(BLOCK, row, strict=True))) for row in BLOCK_NAMES))
-NVLABS = (
-    *(Rule(rf"decoder\.fusion\.project\.{i}", rf"decode_head.linear_c{i + 1}.proj", layout="linear")
-      for i in range(4)),
-    Rule(r"decoder\.fusion\.fuse", "decode_head.linear_fuse", "block"),
-    Rule(CLASSIFIER, "decode_head.linear_pred"),
-)
-HUGGINGFACE = (
-    Rule(r"decoder\.fusion\.project\.(\d)", r"decode_head.linear_c.\1.proj", layout="linear"),
-    Rule(r"decoder\.fusion\.fuse\.0", "decode_head.linear_fuse"),
-    Rule(r"decoder\.fusion\.fuse\.1", "decode_head.batch_norm"),
-    Rule(CLASSIFIER, "decode_head.classifier"),
-)
-TRANSFORMERS5 = (
-    Rule(r"decoder\.fusion\.project\.(\d)", r"decode_head.linear_projections.\1.proj", layout="linear"),
-    *HUGGINGFACE[1:],
-)
-MMSEG_HEADS = (
-    Rule(r"decoder\.fusion\.project\.(\d)", r"decode_head.convs.\1", "block"),
-    Rule(r"decoder\.fusion\.fuse", "decode_head.fusion_conv", "block"),
-    Rule(r"decoder\.fusion\.psp_modules\.(\d)", r"decode_head.psp_modules.\1.1", "block"),
-    Rule(r"decoder\.fusion\.(bottleneck|fpn_bottleneck)", r"decode_head.\1", "block"),
-    Rule(r"decoder\.fusion\.(lateral_convs|fpn_convs)\.(\d)", r"decode_head.\1.\2", "block"),
-    Rule(r"decoder\.fusion\.neck\.(lateral_convs|convs)\.(\d)", r"neck.\1.\2.conv"),
-    Rule(CLASSIFIER, "decode_head.conv_seg"),
-    Rule(r"auxiliary\.block", "auxiliary_head.convs.0", "block"),
-    Rule(r"auxiliary\.head\.classify", "auxiliary_head.conv_seg"),
-    # The released SegDeformer head.
-    Rule(INTERNAL + r"\.attention\.(query|key|value)\.block", r"decode_head.trans.attn.\1_project", "block"),
-    Rule(INTERNAL + r"\.attention\.output\.block", "decode_head.trans.attn.out_project", "block"),
-    Rule(EXTERNAL + r"\.(query|key|value)\.block", r"decode_head.trans.cross_attn.\1_project", "block"),
-    Rule(EXTERNAL + r"\.output\.block", "decode_head.trans.cross_attn.out_project", "block"),
-    Rule(EXTERNAL + r"\.middle_query", "decode_head.class_token.q"),
-    Rule(EXTERNAL + r"\.middle_key", "decode_head.class_token.k"),
-    Rule(EXTERNAL + r"\.tokens\.info_KC", "decode_head.class_token.prop_token", "tensor", "table"),
-    Rule(EXTERNAL + r"\.tokens\.class_KC", "decode_head.class_token.cls_token", "tensor", "table"),
-)
-# timm has a stage's patch merging at its start, the others at the end of the stage before.
-SWIN_MERGING = r"encoder\.backbone\.layers\.{here}\.downsample\.(norm|reduction)"
-MMSEG_SWIN = (
-    Rule(r"encoder\.backbone\.patch_embed\.proj", "backbone.patch_embed.projection"),
-    Rule(r"encoder\.backbone\.patch_embed\.norm", "backbone.patch_embed.norm"),
-    Rule(r"encoder\.backbone\.layers\.(\d)\.blocks\.(\d+)\.(norm[12])", r"backbone.stages.\1.blocks.\2.\3"),
-    Rule(r"encoder\.backbone\.layers\.(\d)\.blocks\.(\d+)\.attn(|\.qkv|\.proj)",
-         r"backbone.stages.\1.blocks.\2.attn.w_msa\3"),
-    Rule(r"encoder\.backbone\.layers\.(\d)\.blocks\.(\d+)\.mlp\.fc1",
-         r"backbone.stages.\1.blocks.\2.ffn.layers.0.0"),
-    Rule(r"encoder\.backbone\.layers\.(\d)\.blocks\.(\d+)\.mlp\.fc2",
-         r"backbone.stages.\1.blocks.\2.ffn.layers.1"),
-    *(Rule(SWIN_MERGING.format(here=i), rf"backbone.stages.{i - 1}.downsample.\1", layout="unfolded")
-      for i in (1, 2, 3)),
-    Rule(r"encoder\.norms\.(\d)", r"backbone.norm\1"),
-)
-MICROSOFT_SWIN = (
-    *(Rule(SWIN_MERGING.format(here=i), rf"backbone.layers.{i - 1}.downsample.\1") for i in (1, 2, 3)),
-    Rule(r"encoder\.backbone\.(patch_embed\.\w+|layers\.\d\.blocks\.\d+\.(?:\w+\.)*\w+?)", r"backbone.\1"),
-    Rule(r"encoder\.norms\.(\d)", r"backbone.norm\1"),
-)
-MMSEG_VIT = (
-    Rule(r"encoder\.backbone\.(cls_token|pos_embed)", r"backbone.\1", "tensor"),
-    Rule(r"encoder\.backbone\.patch_embed\.proj", "backbone.patch_embed.projection"),
-    Rule(r"encoder\.backbone\.blocks\.(\d+)\.norm([12])", r"backbone.layers.\1.ln\2"),
-    Rule(r"encoder\.backbone\.blocks\.(\d+)\.attn\.qkv\.(weight|bias)",
-         r"backbone.layers.\1.attn.attn.in_proj_\2", "tensor"),
-    Rule(r"encoder\.backbone\.blocks\.(\d+)\.attn\.proj", r"backbone.layers.\1.attn.attn.out_proj"),
-    Rule(r"encoder\.backbone\.blocks\.(\d+)\.mlp\.fc1", r"backbone.layers.\1.ffn.layers.0.0"),
-    Rule(r"encoder\.backbone\.blocks\.(\d+)\.mlp\.fc2", r"backbone.layers.\1.ffn.layers.1"),
-)
-# fmt: on
 HEADS: dict[Naming, tuple[Rule, ...]] = {
-    "nvlabs": NVLABS,
-    "mmseg": MMSEG_HEADS,
-    "microsoft": MMSEG_HEADS,
-    "huggingface": HUGGINGFACE,
-    "transformers5": TRANSFORMERS5,
+    naming: tuple(Rule(*row) for row in rows) for naming, rows in TABLES["heads"].items()
 }
+HEADS["microsoft"] = HEADS["mmseg"]
 BLOCK_PARTS = {"0": "conv", "1": "bn"}
 
 
@@ -271,14 +180,7 @@ def mit_links(encoder: MiT, naming: Naming) -> list[Link]:
 
 def _encoder_rules(model: Segmenter, naming: Naming) -> tuple[Rule, ...]:
     family = type(model.encoder.backbone).__name__ if isinstance(model.encoder, TimmEncoder) else "MiT"
-    match naming, family:
-        case "mmseg", "SwinTransformer":
-            return MMSEG_SWIN
-        case "microsoft", "SwinTransformer":
-            return MICROSOFT_SWIN
-        case "mmseg", "VisionTransformer":
-            return MMSEG_VIT
-    return ()
+    return tuple(Rule(*row) for row in TABLES["encoders"].get(f"{naming} {family}", ()))
 
 
 def _apply(rule: Rule, name: str, tensor: Tensor) -> Link | None:
