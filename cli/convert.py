@@ -14,8 +14,8 @@ from segdeformer.files import write_json
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from segdeformer.weights.exports import Parity
     from segdeformer.weights.imports import Imported
-    from segdeformer.weights.parity import Parity
 
 Project = Literal["nvlabs", "mmseg", "huggingface"]
 
@@ -70,9 +70,9 @@ def convert_command(
         raise UsageError(f"--out {out}: a checkpoint is a .safetensors file")
     from segdeformer.cli.show import make_console
     from segdeformer.weights.checkpoint import save_checkpoint
+    from segdeformer.weights.exports import check_parity
     from segdeformer.weights.imports import import_model, report_values
     from segdeformer.weights.labels import forbids_commerce
-    from segdeformer.weights.parity import check_parity
 
     imported = import_model(
         source,

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from segdeformer.errors import UserError
 from segdeformer.models.segmenter import Segmenter
+from segdeformer.weights.exports import check_parity
 from segdeformer.weights.imports import import_model
 from segdeformer.weights.names import name_table, written
-from segdeformer.weights.parity import check_parity
 
 
 def logits(model: Segmenter, images: Tensor) -> Tensor:

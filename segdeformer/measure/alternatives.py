@@ -75,17 +75,17 @@ def parse_alternatives(models: Sequence[str], against: Sequence[str], setting: S
     Raises `UsageError` for what is neither, and for `against` without a model.
     """
     found: list[Alternative] = []
-    for number, text in enumerate((*models, *against)):
+    for text in models:
         source, *changes = [text] if Path(text).exists() else text.split(",")
-        start = setting
-        if number >= len(models):
-            if not found:
-                raise UsageError(
-                    f"--against {text}: name a MODEL to compare with: a recipe, run or checkpoint"
-                )
-            if _is_change(source):
-                (_, source, start), changes = found[0], [source, *changes]
-        found.append(_alternative(source, changes, start, found))
+        found.append(_alternative(source, changes, setting, found))
+    for text in against:
+        if not found:
+            raise UsageError(f"--against {text}: name a MODEL to compare with: a recipe, run or checkpoint")
+        first, *changes = [text] if Path(text).exists() else text.split(",")
+        if _is_change(first):
+            found.append(_alternative(found[0].source, [first, *changes], found[0].setting, found))
+        else:
+            found.append(_alternative(first, changes, setting, found))
     return found
 
 

@@ -84,11 +84,13 @@ def measure_memory(built: Built, *, batch: int, size: tuple[int, int], argmax: b
 
 @torch.inference_mode()
 def _of_pass(built: Built, batch: int, size: tuple[int, int], argmax: bool) -> Memory:
-    images_B3HW = random_images(built, batch, size)
-    run, on_gpu = make_run(built, images_B3HW, argmax=argmax), built.device.type == "cuda"
-    small = random_images(built, 1, (WARM_UP_PX, WARM_UP_PX))
-    (run if on_gpu else make_run(built, small, argmax=argmax))()  # libraries allocate what they keep
-    peak, model_mib = peak_mib(run, built.device), _mib(*built.model.parameters(), *built.model.buffers())
+    images_B3HW, on_gpu = random_images(built, batch, size), built.device.type == "cuda"
+    run = make_run(built, images_B3HW, argmax=argmax)
+    # An earlier pass, in which libraries allocate what they keep; on a CPU its own memory would count, too.
+    small = images_B3HW if on_gpu else random_images(built, 1, (WARM_UP_PX, WARM_UP_PX))
+    make_run(built, small, argmax=argmax)()
+    peak = peak_mib(run, built.device)
+    model_mib = _mib(*built.model.parameters(), *built.model.buffers())
     return Memory(model_mib, peak.extra, model_mib + _mib(images_B3HW) + peak.extra if on_gpu else peak.peak)
 
 

@@ -58,11 +58,11 @@ def read_source(path: Path, *, project: Project | None = None, prefix: str | Non
     None takes the one that is no running average. Raises `UserError` when it cannot be read or holds no whole
     model.
     """
-    folder, file = (path, None) if path.is_dir() else (None, path)
-    if folder:
-        file = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    if file is None:
+    folder = path if path.is_dir() else None
+    files = [path / name for name in WEIGHT_FILES if (path / name).is_file()] if folder else [path]
+    if not files:
         raise UserError(f"{folder} holds neither {' nor '.join(WEIGHT_FILES)}; name a model file")
+    file = files[0]
     read = read_weights(file)
     if METADATA_KEY in read.meta:
         raise UsageError(

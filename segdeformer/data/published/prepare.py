@@ -5,16 +5,19 @@ H height, W width.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+from PIL import Image, ImageDraw
 
-from segdeformer.data.classes import CLASS_TABLES
+from segdeformer.config import IGNORE_INDEX
+from segdeformer.data.classes import CLASS_TABLES, load_classes
 from segdeformer.data.datasets import (
     CITYSCAPES_MAP,
     COCO_STUFF_MAP,
@@ -26,7 +29,6 @@ from segdeformer.data.datasets import (
 from segdeformer.data.folders import Layout, Pair, list_files, pair_files
 from segdeformer.data.images import read_labels, write_png
 from segdeformer.data.parallel import in_threads
-from segdeformer.data.published.cityscapes_polygons import draw_polygons
 from segdeformer.data.samples import LabelMap
 from segdeformer.errors import UsageError, UserError
 from segdeformer.files import replacing, write_text
@@ -44,6 +46,12 @@ RECIPES = {
     "cityscapes": "cityscapes-segdeformer-b5-efficient",
     "coco_stuff": "coco_stuff-segdeformer-b5",
 }
+# Labels that are drawn, over others too, but not learnt.
+IGNORED_LABELS = (
+    *("unlabeled", "ego vehicle", "rectification border", "out of roi", "static", "dynamic", "ground"),
+    *("parking", "rail track", "guard rail", "bridge", "tunnel", "polegroup", "caravan", "trailer"),
+)
+NOT_DRAWN = "license plate"  # it has no id of its own: the car under it stays
 
 
 class Made(NamedTuple):
@@ -91,10 +99,8 @@ class Preparation:
             is_new = not _is_done(labels, pair.labels)
             if is_new:
                 write_png(labels, _class_ids(pair.labels, self.sources[split][1]))
-            # the source itself, or as many bytes
-            if not image.exists() or not (
-                image.samefile(pair.image) or image.stat().st_size == pair.image.stat().st_size
-            ):
+            size = pair.image.stat().st_size
+            if not image.exists() or (not image.samefile(pair.image) and image.stat().st_size != size):
                 self.place(pair.image, image)
         except UserError as error:
             return Made(split, False, str(error))
@@ -175,6 +181,48 @@ def _first_folder(root: Path, *places: str, wanted: str) -> Path:
 def _class_ids(path: Path, label_map: LabelMap | None) -> np.ndarray:
     """Of a label file whose ids mean this, or of Cityscapes' polygons."""
     return draw_polygons(path) if label_map is None else map_labels(read_labels(path), label_map, path)
+
+
+# Cityscapes' polygons.
+
+
+def draw_polygons(path: Path) -> np.ndarray:
+    """The (H, W) uint8 trainIds of a `_gtFine_polygons.json`: later objects cover earlier ones.
+
+    Raises `UserError` when the file is no such JSON or names an unknown label.
+    """
+    try:
+        annotation = json.loads(path.read_text("utf-8"))
+        size = (int(annotation["imgWidth"]), int(annotation["imgHeight"]))
+        objects = [
+            (str(thing["label"]), [(x, y) for x, y in thing["polygon"]])
+            for thing in annotation["objects"]
+            if not thing.get("deleted")
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: cannot be read as Cityscapes polygons ({error!r}); unpack it again"
+        ) from None
+    picture = Image.new("L", size, IGNORE_INDEX)
+    pen = ImageDraw.Draw(picture)
+    for label, corners in objects:
+        if label != NOT_DRAWN and len(corners) > 1:
+            pen.polygon(corners, fill=_train_id(label, path))
+    return np.asarray(picture)
+
+
+def _train_id(label: str, path: Path) -> int:
+    ids = _train_ids()
+    for name in (label, label.removesuffix("group")):  # "persongroup": several persons in one outline
+        if name in ids:
+            return ids[name]
+    raise UserError(f"{path}: unknown label {label!r}; expected those of Cityscapes")
+
+
+@cache
+def _train_ids() -> dict[str, int]:
+    names = load_classes(CLASS_TABLES / "cityscapes.toml").names
+    return dict.fromkeys(IGNORED_LABELS, IGNORE_INDEX) | {name: index for index, name in enumerate(names)}
 
 
 # Files.
