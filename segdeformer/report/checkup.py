@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from segdeformer.data.check.doctor import Checkup
-from segdeformer.data.check.statistics import WEIGHT_RULE
+from segdeformer.data.check.examine import WEIGHT_RULE
 from segdeformer.data.images import write_png
 from segdeformer.data.samples import Sample
 from segdeformer.errors import UserError

@@ -15,9 +15,8 @@ import cv2
 import numpy as np
 
 from segdeformer.config import IGNORE_INDEX
-from segdeformer.data.check.examine import TURNS, Exam, FailureKind, small_grey
+from segdeformer.data.check.examine import TURNS, Exam, FailureKind, Histogram, small_grey
 from segdeformer.data.check.findings import Finding, finding, findings_of
-from segdeformer.data.check.statistics import Histogram
 from segdeformer.data.classes import ClassTable
 from segdeformer.data.images import read_image
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 from segdeformer.config import DataConfig
 from segdeformer.data.check.diagnoses import class_findings, duplicate_findings, pair_findings
-from segdeformer.data.check.examine import Exam, examine_pair, examine_sample
+from segdeformer.data.check.examine import ColorScale, Exam, Histogram, examine_pair, examine_sample
 from segdeformer.data.check.findings import Finding, finding, findings_of, sorted_findings
-from segdeformer.data.check.statistics import ColorScale, Histogram
 from segdeformer.data.classes import ClassTable
 from segdeformer.data.datasets import (
     BUILT_IN,
@@ -27,7 +26,6 @@ from segdeformer.data.samples import Dataset, Sample, evenly_spread
 from segdeformer.errors import UserError
 from segdeformer.plugins import is_path
 
-T = TypeVar("T")
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 
@@ -72,10 +70,29 @@ class Doctor:
         self.exams: list[Exam] = []
         self.jobs: list[Callable[[], Exam]] = []
         self.datasets: dict[Split, Dataset] = {}
-        if config.name in BUILT_IN or is_path(config.name):
-            self._plan_samples()
-        else:
-            self._plan_files()
+        folders = []
+        for split in SPLITS:
+            if config.name in BUILT_IN or is_path(config.name):
+                dataset = open_dataset(config, split)
+                jobs = [partial(examine_sample, split, dataset, index) for index in range(len(dataset))]
+            else:
+                source = find_source(config, split)
+                folders.append(source.layout.root / source.layout.images)
+                pairs, findings = find_pairs(split, source.layout)
+                self.findings += findings
+                classes, label_map = load_meaning(source)
+                dataset = FileDataset(
+                    name=config.name, split=split, classes=classes, pairs=pairs, label_map=label_map
+                )
+                jobs = [partial(examine_pair, split, pair, label_map, len(classes.names)) for pair in pairs]
+            self.datasets[split], self.classes = dataset, dataset.classes
+            wanted = QUICK_PAIRS[split]
+            if quick and len(jobs) > wanted:
+                jobs = [jobs[i * len(jobs) // wanted] for i in range(wanted)]
+            self.jobs += jobs
+        if folders and all(folder.is_dir() for folder in folders) and folders[0].samefile(folders[1]):
+            what = f"{folders[1]} is the folder of the training images"
+            self.findings.append(finding("same folder", "val", what))
         self.histograms = {split: Histogram(len(self.classes.names)) for split in SPLITS}
 
     def __len__(self) -> int:
@@ -112,38 +129,6 @@ class Doctor:
             usable = [index for index, exam in enumerate(own) if not exam.failures]
             for index in evenly_spread(len(usable), SHOWN_PAIRS[split]):
                 yield split, self.datasets[split].read(usable[index])
-
-    def _plan_samples(self) -> None:
-        for split in SPLITS:
-            dataset = open_dataset(self.config, split)
-            self.classes = dataset.classes
-            self.datasets[split] = dataset
-            chosen = self._chosen(range(len(dataset)), split)
-            self.jobs += [partial(examine_sample, split, dataset, index) for index in chosen]
-
-    def _plan_files(self) -> None:
-        folders = []
-        for split in SPLITS:
-            source = find_source(self.config, split)
-            pairs, findings = find_pairs(split, source.layout)
-            self.findings += findings
-            self.classes, label_map = load_meaning(source)
-            self.datasets[split] = FileDataset(
-                name=self.config.name, split=split, classes=self.classes, pairs=pairs, label_map=label_map
-            )
-            num_classes = len(self.classes.names)
-            chosen = self._chosen(pairs, split)
-            self.jobs += [partial(examine_pair, split, pair, label_map, num_classes) for pair in chosen]
-            folders.append(source.layout.root / source.layout.images)
-        train, val = folders
-        if train.is_dir() and val.is_dir() and train.samefile(val):
-            self.findings.append(finding("same folder", "val", f"{val} is the folder of the training images"))
-
-    def _chosen(self, items: Sequence[T], split: Split) -> Sequence[T]:
-        wanted = QUICK_PAIRS[split]
-        if not self.quick or len(items) <= wanted:
-            return items
-        return [items[i * len(items) // wanted] for i in range(wanted)]
 
 
 def quick_check(config: DataConfig) -> tuple[Finding, ...]:
