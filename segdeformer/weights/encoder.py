@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from segdeformer.errors import UserError
@@ -182,15 +181,15 @@ def _resample_grid(encoder: TimmEncoder, style: str, value: Tensor, shape: torch
 
 def _resample_table(encoder: TimmEncoder, name: str, value: Tensor, shape: torch.Size) -> Tensor:
     """Resample a square window's table, one row per offset, bicubically to the encoder's window."""
+    from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_simple
+
     attention: Any = encoder.get_submodule(name.rpartition(".")[0])
     height, width = (2 * side - 1 for side in attention.window_size)
     tokens = shape[0] - height * width  # BEiT's rows for its class token come last
     side = math.isqrt(value.shape[0] - tokens)
     if value.shape == shape or side * side != value.shape[0] - tokens:
         return value
-    grid = value[: side * side].float().T.reshape(1, -1, side, side)
-    grid = F.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
-    return torch.cat([grid[0].flatten(1).T, value[side * side :].float()])
+    return resize_rel_pos_bias_table_simple(value.float(), attention.window_size, tuple(shape))
 
 
 def _looks_like(tensors: Mapping[str, Tensor]) -> str:

@@ -108,7 +108,11 @@ def import_model(
         naming = deduced.naming
     else:
         recipe = adapt_recipe(source, load_recipe(recipe_name), num_classes)
-        recipe, title = _without_auxiliary(recipe, source), f"recipe {recipe_name}"
+        if not any(name.startswith("auxiliary_head.") for name in source.tensors):
+            # It is for training: a file without one does not need it.
+            model_config = recipe.model.model_copy(update={"auxiliary": None})
+            recipe = recipe.model_copy(update={"model": model_config})
+        title = f"recipe {recipe_name}"
         model = build_model(recipe.model)
         naming = max(
             NAMINGS[source.project],
@@ -146,13 +150,6 @@ def _num_classes(source: Source) -> int:
     if not 2 <= num_classes <= 255:
         raise UserError(f"{source.path}: predicts {num_classes} classes; 2 to 255 can be converted")
     return num_classes
-
-
-def _without_auxiliary(recipe: Recipe, source: Source) -> Recipe:
-    """A recipe's auxiliary head is for training: a file without one does not need it."""
-    if recipe.model.auxiliary is None or any(name.startswith("auxiliary_head.") for name in source.tensors):
-        return recipe
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"auxiliary": None})})
 
 
 def _fill(model: Segmenter, table: Table, source: Source, title: str) -> tuple[str, ...]:

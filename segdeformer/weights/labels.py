@@ -47,9 +47,13 @@ class Classes(NamedTuple):
 def find_classes(source: Source, num_classes: int, wanted: str | None) -> Classes:
     """The classes that `wanted` names (data set or TOML file), else the file's own, else by their number."""
     if wanted is not None:
-        path = CLASS_TABLES / f"{wanted}.toml"
         known = next((data for data in KNOWN_DATA.values() if data == wanted), None)
-        table = load_classes(path if known else _file(wanted))
+        path = CLASS_TABLES / f"{known}.toml" if known else Path(wanted)
+        if not path.is_file():
+            raise UsageError(
+                f"--classes {wanted}: neither {', '.join(KNOWN_DATA.values())} nor a TOML file of class names"
+            )
+        table = load_classes(path)
         if len(table.names) != num_classes:
             raise UsageError(
                 f"--classes {wanted}: has {len(table.names)} classes, the model in {source.path} has "
@@ -63,32 +67,17 @@ def find_classes(source: Source, num_classes: int, wanted: str | None) -> Classe
         if data and shipped:
             return Classes(shipped, data, f"{data}, since there are {num_classes}; the file names none")
         unnamed = tuple(f"class {index}" for index in range(num_classes))
-        return Classes(
-            ClassTable(unnamed, default_colors(num_classes)),
-            "folder",
-            "unnamed; name them with --classes FILE",
-        )
-    if data and shipped and _agreement(names, shipped.names) >= LEAST_AGREEMENT:
-        return Classes(shipped, data, f"{data}, as in the file")
+        table = ClassTable(unnamed, default_colors(num_classes))
+        return Classes(table, "folder", "unnamed; name them with --classes FILE")
+    if data and shipped:
+        alike = sum(_plain(one) == _plain(other) for one, other in zip(names, shipped.names, strict=True))
+        if alike >= LEAST_AGREEMENT * num_classes:
+            return Classes(shipped, data, f"{data}, as in the file")
     unique = tuple(dict.fromkeys(name.strip() for name in names))
     if len(unique) != num_classes:
         raise UserError(f"{source.path}: two of its class names are the same; name them with --classes FILE")
     colors = source.class_colors or default_colors(num_classes)
     return Classes(ClassTable(unique, colors), "folder", "as in the file")
-
-
-def _file(wanted: str) -> Path:
-    path = Path(wanted)
-    if not path.is_file():
-        raise UsageError(
-            f"--classes {wanted}: neither {', '.join(KNOWN_DATA.values())} nor a TOML file of class names"
-        )
-    return path
-
-
-def _agreement(names: tuple[str, ...], shipped: tuple[str, ...]) -> float:
-    pairs = zip(names, shipped, strict=True)
-    return sum(_plain(one) == _plain(other) for one, other in pairs) / len(shipped)
 
 
 def _plain(name: str) -> str:

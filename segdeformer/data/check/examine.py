@@ -60,18 +60,16 @@ RANK_LEVELS = 1023
 
 Turn = Callable[[np.ndarray], np.ndarray]
 
-KEEPING_SHAPE: dict[str, Turn] = {
+TURNS: dict[str, Turn] = {
     "mirrored left-right": np.fliplr,
     "mirrored top-bottom": np.flipud,
     "turned by 180 degrees": lambda labels_HW: labels_HW[::-1, ::-1],
-}
-OF_SQUARES: dict[str, Turn] = {
     "transposed": np.transpose,
     "transposed and turned by 180 degrees": lambda labels_HW: labels_HW[::-1, ::-1].T,
     "turned by 90 degrees": lambda labels_HW: np.rot90(labels_HW, 1),
     "turned by 270 degrees": lambda labels_HW: np.rot90(labels_HW, 3),
 }
-TURNS = (*KEEPING_SHAPE, *OF_SQUARES)
+NUM_OF_ANY_SHAPE = 3  # turns, the first; the others are of squares
 
 
 class EdgeRanks(NamedTuple):
@@ -271,8 +269,8 @@ def edge_ranks(image_HW3: np.ndarray, labels_HW: np.ndarray) -> EdgeRanks | None
     grey_HW = cv2.resize(cv2.cvtColor(image_HW3, cv2.COLOR_RGB2GRAY), size, interpolation=cv2.INTER_AREA)
     rank_HW = _gradient_rank(grey_HW)
     as_it_is = float(rank_HW[outline_HW].mean())
-    square = outline_HW.shape[0] == outline_HW.shape[1]
-    turns = (KEEPING_SHAPE | OF_SQUARES if square else KEEPING_SHAPE).values()
+    is_square = outline_HW.shape[0] == outline_HW.shape[1]
+    turns = list(TURNS.values())[: None if is_square else NUM_OF_ANY_SHAPE]
     turned = tuple(float(rank_HW[turn(outline_HW)].mean()) for turn in turns)
     if as_it_is > HIGHEST_AS_IT_IS:
         return EdgeRanks(as_it_is, turned, False)
