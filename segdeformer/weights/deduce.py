@@ -126,8 +126,7 @@ def _mit(source: Source) -> _Encoder:
         if naming == "microsoft":
             continue
         before = "segformer." if source.project == "huggingface" else "backbone."
-        names = {row.ours: f"{before}{getattr(row, naming)}.weight" for row in MIT_NAMES}
-        norm, block = names["norm"], names["blocks.{j}.norm1"]
+        norm, block = (f"{before}{MIT_NAMES[naming][n]}.weight" for n in ("norm", "blocks.{j}.norm1"))
         norms = [tensors.get(norm.format(i=i, s=i + 1)) for i in range(4)]
         channels = tuple(t.numel() for t in norms if t is not None)
         depths = tuple(_count(tensors, block.format(i=i, s=i + 1, j="{}")) for i in range(4))

@@ -20,9 +20,7 @@ from segdeformer.models.encoders import Encoder, TimmEncoder, WeightsReport
 from segdeformer.models.mit import MIT_SIZES, MiT
 from segdeformer.models.third_party import ThirdPartyEncoder
 from segdeformer.weights.files import read_weights
-from segdeformer.weights.names import Link, Naming, mit_links, written
-
-STYLES: tuple[Naming, ...] = ("nvlabs", "mmseg", "huggingface", "transformers5")
+from segdeformer.weights.names import STYLES, Link, Naming, mit_links, written
 
 # What training wrappers prepend to names.
 WRAPPERS = {"module", "model", "backbone", "encoder", "segformer", "teacher", "student"}

@@ -106,22 +106,10 @@ class Rule(NamedTuple):
     layout: Layout = "same"
 
 
-class Names(NamedTuple):
-    """One of a MiT's modules in a stage, and what it is called there. s counts stages from 1, i from 0."""
-
-    ours: str
-    nvlabs: str
-    mmseg: str
-    huggingface: str
-    transformers5: str
-
-
 CLASSIFIER = r"decoder\.head\.classify"
 TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
-MIT_NAMES = (
-    *(Names(*row) for row in TABLES["mit_stage"]),
-    *(Names(*map(".".join, zip(TABLES["mit_block"], row, strict=True))) for row in TABLES["mit_in_block"]),
-)
+MIT_NAMES: dict[Naming, dict[str, str]] = TABLES["mit"]
+STYLES = tuple(MIT_NAMES)
 HEADS: dict[Naming, tuple[Rule, ...]] = {
     naming: tuple(Rule(*row) for row in rows) for naming, rows in TABLES["heads"].items()
 }
@@ -164,12 +152,11 @@ def name_table(model: Segmenter, naming: Naming) -> Table:
 
 def mit_links(encoder: MiT, naming: Naming) -> list[Link]:
     """Every tensor of a MiT, by its name in the other project's encoder."""
-    templates = {row.ours: getattr(row, naming) for row in MIT_NAMES}
     links: dict[str, Link] = {}
     for name, tensor in encoder.state_dict().items():
         _, stage, *middle, kind = name.split(".")
         module = re.sub(r"^blocks\.\d+", "blocks.{j}", ".".join(middle))
-        theirs = templates[module].format(i=stage, s=int(stage) + 1, j=name.split(".")[3])
+        theirs = MIT_NAMES[naming][module].format(i=stage, s=int(stage) + 1, j=name.split(".")[3])
         theirs += f"_{kind}" if theirs.endswith("in_proj") else f".{kind}"
         # mmsegmentation writes the linear layers of the Mix-FFN as 1x1 convolutions.
         layout: Layout = "convolution" if ".ffn." in theirs and tensor.ndim == 2 else "same"
