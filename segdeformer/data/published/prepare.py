@@ -29,6 +29,7 @@ from segdeformer.data.datasets import (
 from segdeformer.data.folders import Layout, Pair, list_files, pair_files
 from segdeformer.data.images import read_labels, write_png
 from segdeformer.data.parallel import in_threads
+from segdeformer.data.published import SETS
 from segdeformer.data.samples import LabelMap
 from segdeformer.errors import UsageError, UserError
 from segdeformer.files import replacing, write_text
@@ -36,16 +37,7 @@ from segdeformer.files import replacing, write_text
 Split = Literal["train", "val"]
 
 PNG_END = b"IEND\xaeB`\x82"
-COUNTS: dict[str, dict[Split, int]] = {
-    "ade20k": {"train": 20210, "val": 2000},
-    "cityscapes": {"train": 2975, "val": 500},
-    "coco_stuff": {"train": 118287, "val": 5000},
-}
-RECIPES = {
-    "ade20k": "ade20k-segdeformer-b1",
-    "cityscapes": "cityscapes-segdeformer-b5-efficient",
-    "coco_stuff": "coco_stuff-segdeformer-b5",
-}
+COUNTS: dict[str, dict[Split, int]] = {name: about["pairs"] for name, about in SETS.items()}
 # Labels that are drawn, over others too, but not learnt.
 IGNORED_LABELS = (
     *("unlabeled", "ego vehicle", "rectification border", "out of roi", "static", "dynamic", "ground"),
@@ -75,7 +67,7 @@ class Preparation:
         if target.resolve() == source.resolve():
             raise UsageError(f"{target}: DST is SRC; name another folder to make")
         self.name, self.target = name, target
-        self.recipe = RECIPES[name]  # to train on it with
+        self.recipe = SETS[name]["recipe"]  # to train on it with
         self.place = _copied if copy else _linked
         self.sources = {split: _FIND[name](source, split) for split in COUNTS[name]}
         self.pairs = {split: pair_files(layout) for split, (layout, _) in self.sources.items()}
