@@ -7,52 +7,39 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
+from segdeformer.cli import options
 from segdeformer.cli.errors import one_line_errors
-from segdeformer.cli.options import (
-    CheckpointArgument,
-    ClassesFile,
-    Device,
-    Flip,
-    Fold,
-    ImplName,
-    Mode,
-    Nproc,
-    Scales,
-)
 
 
 @one_line_errors
 def eval_command(
-    checkpoint: CheckpointArgument = None,
+    checkpoint: options.CheckpointArgument = None,
     data: Annotated[
-        str | None, typer.Option(help="landcover, NAME:FOLDER or a folder; default: the checkpoint's.")
+        str | None, Option(help="landcover, NAME:FOLDER or a folder; default: the checkpoint's.")
     ] = None,
-    classes: ClassesFile = None,
-    mode: Mode = None,
-    scales: Scales = None,
-    flip: Flip = None,
+    classes: options.ClassesFile = None,
+    mode: options.Mode = None,
+    scales: options.Scales = None,
+    flip: options.Flip = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write scores, protocol and weights hash here.")
+        Path | None, Option("--json", help="Write scores, protocol and weights hash here.")
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Draw some images beside truth and prediction here (PNG).")
+        Path | None, Option(help="Draw some images beside truth and prediction here (PNG).")
     ] = None,
-    device: Device = "auto",
-    impl: ImplName = "auto",
-    fold: Fold = None,
-    nproc: Nproc = None,
+    device: options.Device = "auto",
+    impl: options.ImplName = "auto",
+    fold: options.Fold = None,
+    nproc: options.Nproc = None,
 ) -> None:
     """Score a checkpoint: mIoU, mAcc, aAcc and per-class IoU, and the protocol they belong to."""
-    from rich.progress import track
-
+    from segdeformer.cli import show
     from segdeformer.cli.inference import joined, launched, open_model
-    from segdeformer.cli.show import make_console, protocol_line, scores_line, scores_table
     from segdeformer.data.datasets import choose_data, open_dataset
     from segdeformer.inference.evaluate import ImageResult, Tally, check_same_classes, evaluate_images
     from segdeformer.inference.scorecard import write_scorecard
-    from segdeformer.kernels.impl import describe_impl
     from segdeformer.report.sheet import shown_indices, write_sheet
     from segdeformer.runtime.distributed import from_all, is_first
 
@@ -64,29 +51,20 @@ def eval_command(
     dataset = open_dataset(config, "val")
     check_same_classes(about.classes, dataset, str(about.path))
 
-    console = make_console(quiet=not is_first())
+    console = show.make_console(quiet=not is_first())
     console.print(f"{about.path} (iteration {about.iteration:,}) on {config.name} {config.val_split}")
-    console.print(f"protocol: {protocol_line(recipe.evaluate)}")
+    console.print(f"protocol: {show.protocol_line(recipe.evaluate)}")
     console.print(opened.folding, style="dim")
     shown = shown_indices(len(dataset)) if picture is not None else []
     drawn: list[tuple[int, ImageResult]] = []
     tally = Tally(dataset.classes)
     with joined(opened, console) as runtime:
-        attention = describe_impl(runtime.impl, runtime.device)
-        console.print(f"device {runtime.device}, attention {attention}", style="dim")
+        console.print(show.device_words(runtime), style="dim")
         own = runtime.processes.own_indices(len(dataset))
         results = evaluate_images(
             opened.loaded.model, dataset, tally, protocol=recipe.evaluate, data=config, runtime=runtime
         )
-        ticking = track(
-            results,
-            "images",
-            total=len(own),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        for index, result in zip(own, ticking, strict=True):
+        for index, result in zip(own, show.ticking(console, results, "images", len(own)), strict=True):
             if index in shown:
                 drawn.append((index, result._replace(predicted_HW=result.predicted_HW.cpu())))
         tally.gather(runtime.processes)
@@ -94,8 +72,8 @@ def eval_command(
         if not runtime.processes.is_first:
             return
     report = tally.report()
-    console.print(scores_table(report), soft_wrap=False)
-    console.print(scores_line(report), style="bold")
+    console.print(show.scores_table(report), soft_wrap=False)
+    console.print(show.scores_line(report), style="bold")
     if json_file is not None:
         write_scorecard(
             json_file,
@@ -107,6 +85,6 @@ def eval_command(
         )
         console.print(f"scores: {json_file}")
     if picture is not None:
-        headline = f"{recipe.name}: {scores_line(report)}"
+        headline = f"{recipe.name}: {show.scores_line(report)}"
         write_sheet(picture, [result for _, result in drawn], report.classes, headline=headline)
         console.print(f"picture: {picture}")

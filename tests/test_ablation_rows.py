@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from segdeformer.ablation.file import file_rows, read_ablation
 from segdeformer.ablation.plan import (
     Plan,
     base_of_rows,
     encoders,
+    file_rows,
     parse_seeds,
+    read_ablation,
     table_rows,
     with_weights,
 )

@@ -79,15 +79,9 @@ def save(path: str | Path, model: Segmenter, checkpoint: Checkpoint) -> None:
 
     Raises `UserError` when the file cannot be written.
     """
-    save_checkpoint(
-        Path(path),
-        model,
-        recipe=checkpoint.recipe,
-        classes=checkpoint.classes,
-        iteration=checkpoint.iteration,
-        best_miou=checkpoint.best_miou,
-        license=checkpoint.license,
-    )
+    about = checkpoint._replace(validation_due=False)._asdict()
+    del about["path"], about["folded"]  # where it is now, and as the model is
+    save_checkpoint(Path(path), model, **about)
 
 
 def saved_model(checkpoint: Checkpoint, *, impl: Impl = "auto", model: Segmenter | None = None) -> Segmenter:
