@@ -25,8 +25,18 @@ TABLES, SPEED, TUNING = "With --params and --fps", "With --fps", "With --tune"  
 TAKES = {  # which parameters each kind of measurement looks at
     "--params": ("models", "json_file", "markdown_file"),
     "--fps": (
-        *("models", "against", "json_file", "markdown_file", "size", "batch", "dtype", "impl", "fold"),
-        *("compile_", "cuda_graphs", "channels_last", "argmax", "memory", "warmup", "rounds", "seconds"),
+        *("models", "against", "json_file", "markdown_file", "size", "batch", "key_stride", "dtype", "impl"),
+        *(
+            "fold",
+            "compile_",
+            "cuda_graphs",
+            "channels_last",
+            "argmax",
+            "memory",
+            "warmup",
+            "rounds",
+            "seconds",
+        ),
         "device",
     ),
     "--tune": ("out", "seconds", "again", "device"),
@@ -64,8 +74,9 @@ def bench_command(
         list[str] | None,
         speed_option(
             metavar="MODEL|CHANGE",
-            help="One more model, or the first one changed: impl=reference, no-fold, dtype=bfloat16, "
-            "form=plain, compile, cuda-graphs, channels-last; several with commas. May be repeated.",
+            help="One more model, or the first one changed: key-stride=4, impl=reference, no-fold, "
+            "dtype=bfloat16, form=plain, compile, cuda-graphs, channels-last; several with commas. May be "
+            "repeated.",
         ),
     ] = None,
     size: Annotated[
@@ -73,6 +84,10 @@ def bench_command(
         speed_option(min=1, metavar="H W", help="Of images, in px. Default: 512 512, on a CPU 256 256."),
     ] = None,
     batch: Annotated[int, speed_option(min=1, help="Images at a time.")] = 1,
+    key_stride: Annotated[
+        int | None,
+        speed_option(min=1, help="Keys are means of so many pixels squared. Default: all, or as saved."),
+    ] = None,
     dtype: Annotated[str, speed_option(help="float32, float16 or bfloat16.")] = "float32",
     impl: Annotated[str, speed_option(help="auto, triton, sdpa, blocks or reference attention.")] = "auto",
     fold: Annotated[
@@ -116,18 +131,18 @@ def bench_command(
     elif fps:
         from segdeformer.cli.bench_fps import bench_fps
         from segdeformer.measure.alternatives import Setting, changed, parse_alternatives
-        from segdeformer.measure.fps import TRIO, Options, default_size
+        from segdeformer.measure.fps import DEFAULTS, Options, default_size
         from segdeformer.measure.speed import Length
         from segdeformer.runtime.device import choose_device
 
         chosen = choose_device(device or "auto")
         switches = {"compile": compile_, "cuda-graphs": cuda_graphs, "channels-last": channels_last}
-        setting = Setting(fold=fold)
+        setting = Setting(key_stride=key_stride, fold=fold)
         for change in (f"dtype={dtype}", f"impl={impl}", *(name for name, on in switches.items() if on)):
             setting = changed(setting, change)
         length = Length(rounds, 20.0 if seconds is None else seconds)
         options = Options(batch, size or default_size(chosen), argmax, warmup, length, memory)
-        alternatives = parse_alternatives(models or ([] if against else TRIO), against or [], setting)
+        alternatives = parse_alternatives(models or ([] if against else DEFAULTS), against or [], setting)
         bench_fps(alternatives, options, chosen, json_file, markdown_file)
     else:
         _tune(out, 300.0 if seconds is None else seconds, again, device or "cuda")

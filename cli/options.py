@@ -26,6 +26,15 @@ Fold = Annotated[
         help="Fold the decoder for inference: the same logits, faster. Default: wherever it can be.",
     ),
 ]
+KeyStride = Annotated[
+    int | None,
+    Option(
+        "--key-stride",
+        min=1,
+        help="Approximate attention: keys and values are means of so many pixels squared. 1: exact. Default: "
+        "the checkpoint's.",
+    ),
+]
 Nproc = Annotated[int | None, Option("--nproc", min=1, help="Processes on this machine, one for each GPU.")]
 ClassesFile = Annotated[
     Path | None,

@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from segdeformer.cli.errors import one_line_errors
-from segdeformer.cli.options import Device, Flip, Fold, ImplName, Mode, Nproc, Scales
+from segdeformer.cli.options import Device, Flip, Fold, ImplName, KeyStride, Mode, Nproc, Scales
 
 
 @one_line_errors
@@ -26,6 +26,7 @@ def predict_command(
     mode: Mode = None,
     scales: Scales = None,
     flip: Flip = None,
+    key_stride: KeyStride = None,
     device: Device = "auto",
     impl: ImplName = "auto",
     fold: Fold = None,
@@ -45,7 +46,16 @@ def predict_command(
     wanted: dict[Kind, bool] = {"overlay": overlay, "confidence": confidence}
     kinds = [kind for kind, on in wanted.items() if on]
     jobs = plan_jobs(images, out, kinds=kinds)
-    opened = open_model(checkpoint, device=device, impl=impl, fold=fold, mode=mode, scales=scales, flip=flip)
+    opened = open_model(
+        checkpoint,
+        device=device,
+        impl=impl,
+        fold=fold,
+        mode=mode,
+        scales=scales,
+        flip=flip,
+        key_stride=key_stride,
+    )
     (model, about), recipe = opened.loaded, opened.recipe
 
     console = make_console(quiet=not is_first())

@@ -110,7 +110,9 @@ def protocol_line(protocol: EvalConfig) -> str:
         (height, width), (down, right) = protocol.window, protocol.stride
         mode += f" {height} x {width}, stride {down} x {right}"
     scales = ", ".join(f"{scale:g}" for scale in protocol.scales)
-    return f"{mode}; {size}; scales {scales}; {'with' if protocol.flip else 'no'} flip"
+    line = f"{mode}; {size}; scales {scales}; {'with' if protocol.flip else 'no'} flip"
+    stride = protocol.key_stride
+    return line if stride in (None, 1) else f"{line}; key stride {stride}, an approximation"
 
 
 def percent(share: float) -> str:

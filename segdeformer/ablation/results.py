@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from segdeformer.ablation import statistics as bootstrap
 from segdeformer.ablation.plan import IMAGE_COUNTS, Plan, PlannedRow, Run
-from segdeformer.ablation.statistics import ImageSums, Interval
 from segdeformer.config import Recipe
 from segdeformer.data.samples import Dataset
 from segdeformer.errors import UserError
 from segdeformer.files import replacing
+from segdeformer.inference import statistics as bootstrap
 from segdeformer.inference.evaluate import Tally, evaluate_images, protocol_notes
 from segdeformer.inference.metrics import ConfusionMatrix
 from segdeformer.inference.scorecard import versions
+from segdeformer.inference.statistics import ImageSums, Interval
 from segdeformer.models.segmenter import Segmenter
 from segdeformer.runtime import ON_CPU, Runtime
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from segdeformer.ablation import statistics as bootstrap
 from segdeformer.ablation.plan import data_title
 from segdeformer.ablation.results import (
     INTERVAL_RULE,
@@ -23,6 +22,7 @@ from segdeformer.ablation.results import (
 )
 from segdeformer.data.images import write_png
 from segdeformer.files import write_json, write_text
+from segdeformer.inference import statistics as bootstrap
 from segdeformer.report.gains import GainLine, gains_plot
 
 DASH = "-"

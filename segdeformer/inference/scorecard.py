@@ -28,8 +28,9 @@ def write_scorecard(
     data: DataConfig,
     label_map: LabelMap,
     checkpoint: Checkpoint,
+    **more: object,
 ) -> None:
-    """Write scores, protocol, data, the checkpoint's hash and versions to a JSON file."""
+    """Write scores, protocol, data, the checkpoint's hash and versions, and what more is given, as JSON."""
     values = {
         "scores": report_values(report),
         "protocol": {**protocol.model_dump(mode="json"), "notes": protocol_notes(protocol)},
@@ -43,5 +44,6 @@ def write_scorecard(
             "license": checkpoint.license,
         },
         "versions": versions(),
+        **more,
     }
     write_json(path, values)

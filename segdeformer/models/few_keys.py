@@ -89,6 +89,16 @@ def key_stride_of(model: nn.Module) -> int:
     return max((attention.key_stride for attention in _attentions(model)), default=1)
 
 
+def num_scores(model: nn.Module, height: int, width: int) -> int:
+    """Products of a query with a key that the model takes of one image on a map of this size."""
+    total = 0
+    for attention in _attentions(model):
+        stride = attention.key_stride if attention.reduce is None else attention.reduce.reduction
+        num_keys = -(-height // stride) * -(-width // stride)
+        total += getattr(attention, "heads", 1) * height * width * num_keys
+    return total
+
+
 @contextmanager
 def key_stride_set(model: nn.Module, stride: int | None) -> Iterator[None]:
     """Inside, the model has this key stride; None: whatever it has."""
