@@ -13,7 +13,7 @@ import triton
 
 from benchmarks.study.starts import STARTS
 from segdeformer import api
-from segdeformer.ablation.image_counts import count_images, write_image_counts
+from segdeformer.ablation.results import count_images, write_image_counts
 from segdeformer.commit import commit
 from segdeformer.config import Recipe, load_recipe
 from segdeformer.config.changes import change_recipe

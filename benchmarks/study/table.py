@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from segdeformer.ablation.image_counts import read_image_counts
+from segdeformer.ablation.results import read_image_counts
 from segdeformer.ablation.statistics import ImageSums, draws, gain_intervals, image_sums, mious
 from segdeformer.files import write_text
 
