@@ -397,7 +397,7 @@ def test_every_option_of_bench_is_for_some_measurement():
             "`dtype=half`: expected one of float32, float16, bfloat16",
         ),
         (["--fps", "landcover", "--impl", "fast"], "landcover: impl is `fast`; expected one of auto, triton"),
-        (["--fps", "landcover,quick"], "`quick` is no change of a model; there are impl=NAME, form=plain"),
+        (["--fps", "landcover,quick"], "`quick` is no change of a model; there are key-stride=N, impl=NAME"),
         (["--fps", "landcover", "--against", "form=short"], "`form=short`: expected one of low_rank, plain"),
         (["--fps", "landcover,fold,form=plain"], "landcover, fold, form=plain: it cannot be folded: Eq. 7"),
         (
