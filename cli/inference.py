@@ -52,9 +52,11 @@ def open_model(
     runtime = choose_runtime(device, impl)
     loaded = load(find_checkpoint(checkpoint), device=runtime.device, impl=runtime.impl, fold=fold)
     obstacle = loaded.model.folding_obstacle
-    if fold is None and obstacle is None:
-        loaded = loaded._replace(model=loaded.model.fold())
     folding = f"not folded: {obstacle or '--no-fold'}"
+    if fold is None:
+        ready = loaded.model.for_inference()
+        folding += "" if ready is loaded.model else "; BatchNorms are"
+        loaded = loaded._replace(model=ready)
     if loaded.model.is_folded:
         folding = "folded for inference: the same logits by one linear layer and narrower attention"
     try:

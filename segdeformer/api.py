@@ -141,12 +141,10 @@ def predict(
 
 
 def _loaded(model: Loaded | str | Path, device: str, impl: str) -> tuple[Loaded, Runtime]:
-    """The model in eval mode on the device; one that can be folded is, if it is read here."""
+    """The model in eval mode on the device; in its fastest form, if it is read here."""
     if isinstance(model, Loaded):
         own = next(model.model.parameters()).device
         return model, choose_runtime(str(own), impl)
     runtime = choose_runtime(device, impl)
     loaded = load(model, device=runtime.device, impl=runtime.impl)
-    if loaded.model.folding_obstacle is None:
-        loaded = loaded._replace(model=loaded.model.fold())
-    return loaded, runtime
+    return loaded._replace(model=loaded.model.for_inference()), runtime

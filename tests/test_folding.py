@@ -24,6 +24,7 @@ from segdeformer.inference.views import predict_strips
 from segdeformer.models import context, folding
 from segdeformer.models.batch_norms import fused_encoder
 from segdeformer.models.encoders import TimmEncoder, build_encoder
+from segdeformer.models.few_keys import set_key_stride
 
 BOTH = {"internal": InternalConfig(), "external": ExternalConfig()}
 CONTEXTS = {
@@ -349,3 +350,24 @@ def test_a_convolution_that_is_used_otherwise_too_keeps_its_batch_norm():
     x = images(7, 9, dtype=torch.float64)
     with torch.no_grad():
         assert_close(fused(x)[0], encoder(x)[0], 1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("reduction", [1, 2])
+@pytest.mark.parametrize("stride", [1, 4])
+def test_a_released_model_for_inference_has_no_batch_norms_and_the_same_logits(dtype, reduction, stride):
+    if reduction > 1 and stride > 1:
+        return
+    both = ContextConfig(projection="conv_bn_relu", reduction=reduction, **BOTH)
+    model = random_model(both, auxiliary=AuxiliaryConfig(width=8)).to(dtype)
+    set_key_stride(model, stride)
+    ready = model.for_inference()
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in ready.modules())
+    assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())  # which stays as it was
+    assert not ready.is_folded
+    assert_same_outputs(ready, model, images(batch=2, dtype=dtype), 1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_an_affine_model_for_inference_is_folded():
+    assert random_model().for_inference().is_folded

@@ -186,10 +186,13 @@ def build(alternative: Alternative, device: torch.device) -> Built:
             set_key_stride(model, setting.key_stride)
         except UsageError as error:
             raise UsageError(f"{alternative.label}: {error}") from None
-    if setting.fold is False or obstacle:
+    if setting.fold is False or setting.form == "plain":
         folding = f"not folded: {obstacle}" if obstacle else "not folded"
     else:
-        model, folding = model.fold(), "folded"
+        ready = model.for_inference()
+        folding = f"not folded: {obstacle}" if obstacle else "folded"
+        folding += "; BatchNorms are" if obstacle and ready is not model else ""
+        model = ready
     model = model.to(device, getattr(torch, setting.dtype)).requires_grad_(False)
     if setting.channels_last:
         model = model.to(memory_format=torch.channels_last)

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from segdeformer.models.context import Context
 from segdeformer.models.encoders import Encoder, TimmEncoder
 from segdeformer.models.fusion import Fusion
-from segdeformer.models.layers import ConvBNReLU
+from segdeformer.models.layers import ConvBNReLU, TokenConvBNReLU
 
 
 def fused_fusion(fusion: Fusion) -> Fusion:
@@ -21,6 +22,28 @@ def fused_fusion(fusion: Fusion) -> Fusion:
         if isinstance(block, ConvBNReLU):
             block[0], block[1] = _fused(block[0], block[1])
     return fused
+
+
+def fused_context(context: Context | None) -> Context | None:
+    """A copy in eval mode, whose projections are linear layers and ReLUs on tokens, without BatchNorms."""
+    fused = copy.deepcopy(context)
+    if fused is None:
+        return None
+    for parent in list(fused.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, TokenConvBNReLU):
+                setattr(parent, name, nn.Sequential(_linear(child.block), nn.ReLU(inplace=True)))
+    return fused.eval()
+
+
+def _linear(block: ConvBNReLU) -> nn.Linear:
+    """A 1x1 convolution and its BatchNorm as one linear layer: tokens need no other memory order."""
+    conv, _ = _fused(block[0], block[1])
+    linear = nn.Linear(conv.in_channels, conv.out_channels, device="meta")  # draws no random numbers
+    linear.weight = nn.Parameter(conv.weight.detach().flatten(1))
+    assert conv.bias is not None
+    linear.bias = nn.Parameter(conv.bias.detach())
+    return linear
 
 
 def fused_encoder(encoder: Encoder) -> Encoder:

@@ -6,6 +6,7 @@ neck, four times that; K classes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from segdeformer.errors import UsageError
 from segdeformer.kernels.impl import Impl, check_impl
-from segdeformer.models.batch_norms import fused_encoder
+from segdeformer.models.batch_norms import fused_context, fused_encoder, fused_fusion
 from segdeformer.models.context import Context, ExternalForm, build_context
 from segdeformer.models.encoders import Encoder, WeightsReport, build_encoder
 from segdeformer.models.folding import (
@@ -151,6 +152,26 @@ class Segmenter(nn.Module):
     @property
     def is_folded(self) -> bool:
         return isinstance(self.decoder, FoldedDecoder)
+
+    def for_inference(self) -> Segmenter:
+        """The fastest form with the same logits: folded or, where it cannot be, without BatchNorms.
+
+        A new model in eval mode, without gradients, its BatchNorms in the layers before them; a third-party
+        model as it is. Of these only folded models can be saved.
+        """
+        if self.folding_obstacle is None:
+            return self.fold()
+        if not isinstance(self.decoder, SegDeformer) or isinstance(self.encoder, ThirdPartyEncoder):
+            return self
+        decoder = SegDeformer(
+            fusion=fused_fusion(self.decoder.fusion),
+            context=fused_context(self.decoder.context),
+            head=copy.deepcopy(self.decoder.head),
+        )
+        model = Segmenter(
+            encoder=fused_encoder(self.encoder), decoder=decoder, weights_report=self.weights_report
+        )
+        return model.eval().requires_grad_(False)
 
     @property
     def folding_obstacle(self) -> str | None:
