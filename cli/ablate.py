@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from segdeformer.ablation import DEFAULT_BASE, DEFAULT_ITERATIONS
 from segdeformer.cli.errors import one_line_errors
 from segdeformer.cli.options import ClassesFile, Device, ImplName
+from segdeformer.cli.stopping import answered_by
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,40 +23,36 @@ if TYPE_CHECKING:
 @one_line_errors
 def ablate_command(
     what: Annotated[
-        str, typer.Argument(help="table4, table5, table6, table7, table8, or a TOML file of your own rows.")
+        str, Argument(help="table4, table5, table6, table7, table8, or a TOML file of your own rows.")
     ] = "table6",
     base: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help=f"The recipe that the rows change; default: {DEFAULT_BASE} for "
             f"{DEFAULT_ITERATIONS} iterations, or the recipe of --data."
         ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="landcover, NAME:FOLDER or a folder; default: the recipe's.")
+        str | None, Option(help="landcover, NAME:FOLDER or a folder; default: the recipe's.")
     ] = None,
     classes: ClassesFile = None,
-    seeds: Annotated[
-        str, typer.Option(help="How many, or which: 3 means 0,1,2. More can be added later.")
-    ] = "2",
+    seeds: Annotated[str, Option(help="How many, or which: 3 means 0,1,2. More can be added later.")] = "2",
     iterations: Annotated[
-        int | None, typer.Option(min=1, help="Instead of the recipe's; warm-up scales with it.")
+        int | None, Option(min=1, help="Instead of the recipe's; warm-up scales with it.")
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Batch size instead of the recipe's.")] = None,
+    batch: Annotated[int | None, Option(min=1, help="Batch size instead of the recipe's.")] = None,
     weights: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             help="Encoder weights: a file, `timm` or `none`. ENCODER=FILE, repeated, for several encoders."
         ),
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Trainings at once; default: one for each GPU, one on a CPU.")
+        int | None, Option(min=1, help="Trainings at once; default: one for each GPU, one on a CPU.")
     ] = None,
     device: Device = "auto",
     impl: ImplName = "auto",
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the results; default: runs/ablate-WHAT-DATA.")
-    ] = None,
+    out: Annotated[Path | None, Option(help="Folder of the results; default: runs/ablate-WHAT-DATA.")] = None,
 ) -> None:
     """Train each row with each seed, and give gains with confidence intervals beside the paper's.
 
@@ -82,16 +77,16 @@ def ablate_command(
         batch=batch,
         weights=weights,
     )
-    folder = out or default_folder(what, plan)
+    plan = plan._replace(folder=out or default_folder(what, plan))
     slots = make_slots(device, kind, jobs=jobs, impl=impl)
     console = make_console()
-    with locked(folder, console.print) as lock:
-        settle(folder, plan)
-        introduce(console, plan, folder, num_at_once=len(slots))
-        _run(console, plan, folder, slots, lock)
+    with locked(plan.folder, console.print) as lock:
+        settle(plan)
+        introduce(console, plan, num_at_once=len(slots))
+        _run(console, plan, slots, lock)
 
 
-def _run(console: Console, plan: Plan, folder: Path, slots: list[Slot], lock: int) -> None:
+def _run(console: Console, plan: Plan, slots: list[Slot], lock: int) -> None:
     """Train and show until all is done; ends with the table, the files, and an exit code."""
     from segdeformer.ablation.results import Collector
     from segdeformer.ablation.runs import Failed, Finished, Stopped, execute
@@ -99,46 +94,35 @@ def _run(console: Console, plan: Plan, folder: Path, slots: list[Slot], lock: in
     from segdeformer.cli.show_ablation import AblationProgress, conclude
     from segdeformer.errors import UserError
 
-    collector = Collector(plan, folder)
+    collector = Collector(plan)
+    progress = AblationProgress(console, collector.results())
+    asked: list[int] = []  # by Ctrl-C, or SIGTERM
     num_left = 0
     with (
-        _stop_requests() as asked,
-        AblationProgress(console, collector.results()) as progress,
-        contextlib.closing(execute(plan, folder, slots, lock=lock, should_stop=asked)) as stream,
+        answered_by(lambda number, _frame: asked.append(number), ("SIGINT", "SIGTERM")),
+        progress.live if console.is_terminal else contextlib.nullcontext(),
+        contextlib.closing(execute(plan, slots, lock=lock, should_stop=lambda: len(asked))) as stream,
     ):
         for event in stream:
             match event:
                 case Finished():
                     progress.results = collector.results()
-                    write_results(progress.results, folder)
+                    write_results(progress.results)
                 case Failed(run, reason):
                     collector.failures[run.row.name, run.seed] = reason
                     progress.results = collector.results()
                 case Stopped():
                     num_left = event.num_left
             progress.show(event)
-            if asked():
+            if asked:
                 progress.stopping_now()
     results = collector.results()
-    write_results(results, folder)
-    conclude(console, results, folder)
+    write_results(results)
+    conclude(console, results)
     if num_left:
         raise UserError(f"stopped with {num_left} runs left, all is saved; the same command goes on")
     if collector.failures:
         raise UserError(
             f"{len(collector.failures)} of {len(plan.runs)} runs failed, see above and "
-            f"{folder / 'rows'}/*/seed-*.log; the same command tries them again"
+            f"{plan.folder / 'rows'}/*/seed-*.log; the same command tries them again"
         )
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[], int]]:
-    """Gives a function that says how often Ctrl-C was pressed (or SIGTERM sent)."""
-    asked: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda sent, _frame: asked.append(sent)) for number in numbers}
-    try:
-        yield lambda: len(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -16,8 +16,8 @@ from segdeformer.cli.options import Device, ImplName
 @one_line_errors
 def score_command(run: Path, device: Device = "auto", impl: ImplName = "auto") -> None:
     """Evaluate the model after the last iteration as `segdeformer eval` would, image by image."""
-    from segdeformer.ablation.folder import IMAGE_COUNTS
-    from segdeformer.ablation.image_counts import count_images, write_image_counts
+    from segdeformer.ablation.plan import IMAGE_COUNTS
+    from segdeformer.ablation.results import count_images, write_image_counts
     from segdeformer.cli.inference import open_model
     from segdeformer.data.datasets import open_dataset
     from segdeformer.errors import UserError

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from segdeformer.cli.errors import one_line_errors
 
@@ -24,8 +25,18 @@ TABLES, SPEED, TUNING = "With --params and --fps", "With --fps", "With --tune"  
 TAKES = {  # which parameters each kind of measurement looks at
     "--params": ("models", "json_file", "markdown_file"),
     "--fps": (
-        *("models", "against", "json_file", "markdown_file", "size", "batch", "dtype", "impl", "fold"),
-        *("compile_", "cuda_graphs", "channels_last", "argmax", "memory", "warmup", "rounds", "seconds"),
+        *("models", "against", "json_file", "markdown_file", "size", "batch", "key_stride", "dtype", "impl"),
+        *(
+            "fold",
+            "compile_",
+            "cuda_graphs",
+            "channels_last",
+            "argmax",
+            "memory",
+            "warmup",
+            "rounds",
+            "seconds",
+        ),
         "device",
     ),
     "--tune": ("out", "seconds", "again", "device"),
@@ -42,22 +53,20 @@ def bench_command(
     context: typer.Context,
     models: Annotated[
         list[str] | None,
-        typer.Argument(
+        Argument(
             metavar="MODEL",
             help="Recipes, run folders or checkpoints, each with changes if you like: runs/a,no-fold",
         ),
     ] = None,
     params: Annotated[
-        bool, typer.Option("--params", help="Count parameters: of the paper's rows, or of the models given.")
+        bool, Option("--params", help="Count parameters: of the paper's rows, or of the models given.")
     ] = False,
-    fps: Annotated[
-        bool, typer.Option("--fps", help="Time, FLOPs and memory of models side by side.")
-    ] = False,
+    fps: Annotated[bool, Option("--fps", help="Time, FLOPs and memory of models side by side.")] = False,
     tune: Annotated[
-        bool, typer.Option("--tune", help="Find this GPU's fastest tiles, and where they beat PyTorch.")
+        bool, Option("--tune", help="Find this GPU's fastest tiles, and where they beat PyTorch.")
     ] = False,
     device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda or cuda:N; for --tune cuda or cuda:N.")
+        str | None, Option(help="auto, cpu, cuda or cuda:N; for --tune cuda or cuda:N.")
     ] = None,
     json_file: Annotated[Path | None, tables_option("--json", help="Write everything here.")] = None,
     markdown_file: Annotated[Path | None, tables_option("--markdown", help="Write the tables here.")] = None,
@@ -65,8 +74,9 @@ def bench_command(
         list[str] | None,
         speed_option(
             metavar="MODEL|CHANGE",
-            help="One more model, or the first one changed: impl=reference, no-fold, dtype=bfloat16, "
-            "form=plain, compile, cuda-graphs, channels-last; several with commas. May be repeated.",
+            help="One more model, or the first one changed: key-stride=4, impl=reference, no-fold, "
+            "dtype=bfloat16, form=plain, compile, cuda-graphs, channels-last; several with commas. May be "
+            "repeated.",
         ),
     ] = None,
     size: Annotated[
@@ -74,6 +84,10 @@ def bench_command(
         speed_option(min=1, metavar="H W", help="Of images, in px. Default: 512 512, on a CPU 256 256."),
     ] = None,
     batch: Annotated[int, speed_option(min=1, help="Images at a time.")] = 1,
+    key_stride: Annotated[
+        int | None,
+        speed_option(min=1, help="Keys are means of so many pixels squared. Default: all, or as saved."),
+    ] = None,
     dtype: Annotated[str, speed_option(help="float32, float16 or bfloat16.")] = "float32",
     impl: Annotated[str, speed_option(help="auto, triton, sdpa, blocks or reference attention.")] = "auto",
     fold: Annotated[
@@ -94,7 +108,7 @@ def bench_command(
     rounds: Annotated[int | None, speed_option(min=1, help="So many rounds instead of --seconds.")] = None,
     seconds: Annotated[
         float | None,
-        typer.Option(
+        Option(
             min=1,
             help="--fps: time for about so long (default 20). --tune: stop after about so long (default "
             "300); a second run goes on from there.",
@@ -116,24 +130,20 @@ def bench_command(
         bench_params(models or [], json_file, markdown_file)
     elif fps:
         from segdeformer.cli.bench_fps import bench_fps
+        from segdeformer.measure.alternatives import Setting, changed, parse_alternatives
+        from segdeformer.measure.fps import DEFAULTS, Options, default_size
+        from segdeformer.measure.speed import Length
+        from segdeformer.runtime.device import choose_device
 
-        changes = {"compile": compile_, "cuda-graphs": cuda_graphs, "channels-last": channels_last}
-        bench_fps(
-            models or [],
-            against or [],
-            changes=[f"dtype={dtype}", f"impl={impl}", *(name for name, on in changes.items() if on)],
-            fold=fold,
-            size=size,
-            batch=batch,
-            warmup=warmup,
-            rounds=rounds,
-            seconds=20.0 if seconds is None else seconds,
-            argmax=argmax,
-            memory=memory,
-            device=device or "auto",
-            json_file=json_file,
-            markdown_file=markdown_file,
-        )
+        chosen = choose_device(device or "auto")
+        switches = {"compile": compile_, "cuda-graphs": cuda_graphs, "channels-last": channels_last}
+        setting = Setting(key_stride=key_stride, fold=fold)
+        for change in (f"dtype={dtype}", f"impl={impl}", *(name for name, on in switches.items() if on)):
+            setting = changed(setting, change)
+        length = Length(rounds, 20.0 if seconds is None else seconds)
+        options = Options(batch, size or default_size(chosen), argmax, warmup, length, memory)
+        alternatives = parse_alternatives(models or ([] if against else DEFAULTS), against or [], setting)
+        bench_fps(alternatives, options, chosen, json_file, markdown_file)
     else:
         _tune(out, 300.0 if seconds is None else seconds, again, device or "cuda")
 
@@ -179,8 +189,8 @@ def _gpu(name: str) -> torch.device:
 
     import torch
 
-    from segdeformer.cli.options import checked_impl
     from segdeformer.errors import UsageError
+    from segdeformer.runtime import choose_runtime
     from segdeformer.runtime.device import choose_device
 
     if not torch.cuda.is_available():
@@ -191,11 +201,9 @@ def _gpu(name: str) -> torch.device:
 
     if interpreting():
         raise UsageError("TRITON_INTERPRET=1 is set, so no kernel would run on the GPU; unset it")
-    device = choose_device(name)
-    if device.type != "cuda":
+    if choose_device(name).type != "cuda":
         raise UsageError(f"device is `{name}`; bench --tune needs cuda or cuda:N")
-    checked_impl("triton", device)
-    return device
+    return choose_runtime(name, "triton").device
 
 
 def _show(console: Console, events: Iterator[Event]) -> None:

@@ -6,45 +6,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from segdeformer.cli.show import Grid, make_console, markdown, print_grid, write_tables
+
 if TYPE_CHECKING:
-    from segdeformer.measure.fps import Comparison, Measured
+    import torch
+
+    from segdeformer.measure.alternatives import Alternative
+    from segdeformer.measure.fps import Comparison, Measured, Options
+    from segdeformer.measure.speed import Split
 
 
 def bench_fps(
-    models: Sequence[str],
-    against: Sequence[str],
-    *,
-    changes: Sequence[str],
-    fold: bool | None,
-    size: tuple[int, int] | None,
-    batch: int,
-    warmup: int,
-    rounds: int | None,
-    seconds: float,
-    argmax: bool,
-    memory: bool,
-    device: str,
+    alternatives: Sequence[Alternative],
+    options: Options,
+    device: torch.device,
     json_file: Path | None,
     markdown_file: Path | None,
 ) -> None:
-    """Measure, print, and write what is asked for. changes: of every model, as in `--against`."""
-    from segdeformer.cli.show import make_console
-    from segdeformer.cli.show_bench import comparison_grids, markdown, print_grid, write_tables
-    from segdeformer.measure.alternatives import Setting, changed, parse_alternatives
-    from segdeformer.measure.fps import SIZE_ON_CPU, SIZE_ON_GPU, TRIO, Options, compare
-    from segdeformer.measure.speed import Length
-    from segdeformer.runtime.device import choose_device
+    """Measure, print, and write what is asked for."""
+    from segdeformer.measure.fps import compare
 
-    chosen = choose_device(device)
-    size = size or (SIZE_ON_CPU if chosen.type == "cpu" else SIZE_ON_GPU)
-    setting = Setting(fold=fold)
-    for change in changes:
-        setting = changed(setting, change)
-    options = Options(batch, size, argmax, warmup, Length(rounds, seconds), memory)
-    alternatives = parse_alternatives(models or ([] if against else TRIO), against, setting)
     console = make_console()
     with console.status("starting") as status:
-        comparison = compare(alternatives, options, chosen, say=status.update, tell=console.print)
+        comparison = compare(alternatives, options, device, say=status.update, tell=console.print)
     about = _about(comparison)
     for line in about:
         console.print(line, style="dim", soft_wrap=False)
@@ -120,3 +104,66 @@ def _model_json(comparison: Comparison, one: Measured) -> dict[str, object]:
         "paper": None if paper is None else {"row": paper.method, "fps": paper.fps},
         "paper_relative_speed": comparison.paper_speed(one),
     }
+
+
+def comparison_grids(comparison: Comparison) -> list[Grid]:
+    """Speed, cost, and both by part."""
+    return [_speed_grid(comparison), _cost_grid(comparison), _parts_grid(comparison)]
+
+
+def _speed_grid(comparison: Comparison) -> Grid:
+    base = comparison.base
+    header = ("model", "p50 ms", "p95 ms", "images/s", "relative", "paper")
+    rows = []
+    for one in comparison.measured:
+        speed, paper = one.latency, comparison.paper_speed(one)
+        numbers = (speed.p50_ms, speed.p95_ms, speed.images_per_s, comparison.relative_speed(one))
+        cells = [f"{number:.2f}" for number in numbers]
+        rows.append((one.alternative.label, *cells, "" if paper is None else f"{paper:.2f}"))
+    rounds = base.latency.num_rounds
+    notes = [
+        f"rounds in alternation: {rounds}; relative: images/s with {base.alternative.label} = 1, by medians",
+        "paper: Table 7's frames per second, likewise, on a V100 at 512x512",
+    ]
+    return Grid("Speed", header, rows, notes if any(row[-1] for row in rows) else notes[:1])
+
+
+def _cost_grid(comparison: Comparison) -> Grid:
+    header = ("model", "params M", "GFLOPs", "GMACs", "extra MiB", "peak MiB")
+    rows = [
+        (
+            one.alternative.label,
+            f"{one.parameters / 1e6:.2f}",
+            _short(one.flops.total / 1e9),
+            _short(one.printed_flops / 2e9),
+            "-" if one.memory is None else f"{one.memory.extra_mib:.0f}",
+            "-" if one.memory is None else f"{one.memory.peak_mib:.0f}",
+        )
+        for one in comparison.measured
+    ]
+    of = "the whole process" if comparison.device == "cpu" else "model, images and extra"
+    notes = [
+        "GFLOPs: of the whole batch as it runs, attention included, a multiply-add as two",
+        "GMACs: of the equations as papers print them, a multiply-add as one: what papers call GFLOPs",
+        f"extra: the peak above model and images in an eager pass; peak: of {of}",
+    ]
+    return Grid("Cost", header, rows, notes)
+
+
+def _parts_grid(comparison: Comparison) -> Grid:
+    header = ("model", "", "encoder", "fusion", "context", "head")
+    rows = []
+    for one in comparison.measured:
+        rows.append((one.alternative.label, "ms", *_cells(one.split_ms, 1)))
+        rows.append(("", "GFLOPs", *_cells(one.flops.parts, 1e9)))
+    notes = ["ms: medians of eager passes; the context of a folded model holds its head"]
+    return Grid("Parts", header, rows, notes, num_left=2)
+
+
+def _cells(split: Split[float] | Split[int], unit: float) -> list[str]:
+    return ["-" if value is None else _short(value / unit) for value in split]
+
+
+def _short(number: float) -> str:
+    """Two decimals, or two digits of what is less than one."""
+    return f"{number:.2f}" if number >= 1 else f"{number:.2g}"

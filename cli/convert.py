@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
 from segdeformer.cli.errors import one_line_errors
+from segdeformer.errors import UsageError, and_more
+from segdeformer.files import write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from segdeformer.weights.exports import Parity
     from segdeformer.weights.imports import Imported
-    from segdeformer.weights.parity import Parity
 
 Project = Literal["nvlabs", "mmseg", "huggingface"]
 
@@ -23,53 +24,42 @@ Project = Literal["nvlabs", "mmseg", "huggingface"]
 def convert_command(
     source: Annotated[
         Path,
-        typer.Argument(
-            help="A model file, or a folder of Hugging Face; with --to a run or checkpoint of ours."
-        ),
+        Argument(help="A model file, or a folder of Hugging Face; with --to a run or checkpoint of ours."),
     ],
     out: Annotated[
-        Path, typer.Option(help="The new checkpoint (.safetensors); with --to a .pth file, or a folder.")
+        Path, Option(help="The new checkpoint (.safetensors); with --to a .pth file, or a folder.")
     ],
-    to: Annotated[Project | None, typer.Option(help="Write one of our checkpoints for this project.")] = None,
+    to: Annotated[Project | None, Option(help="Write one of our checkpoints for this project.")] = None,
     from_: Annotated[
         Literal["auto", "nvlabs", "mmseg", "huggingface"],
-        typer.Option("--from", help="Whose names the file has; auto recognises them."),
+        Option("--from", help="Whose names the file has; auto recognises them."),
     ] = "auto",
     recipe: Annotated[
-        str | None,
-        typer.Option(help="A recipe, or a TOML file, with the model of the file; default: deduced."),
+        str | None, Option(help="A recipe, or a TOML file, with the model of the file; default: deduced.")
     ] = None,
     classes: Annotated[
         str | None,
-        typer.Option(
-            help="ade20k, cityscapes, coco_stuff or a TOML file of class names; default: the file's."
-        ),
+        Option(help="ade20k, cityscapes, coco_stuff or a TOML file of class names; default: the file's."),
     ] = None,
     license_: Annotated[
-        str | None, typer.Option("--license", help="Of the weights; default: what the published ones have.")
+        str | None, Option("--license", help="Of the weights; default: what the published ones have.")
     ] = None,
     prefix: Annotated[
         str | None,
-        typer.Option(
-            help="Of several copies of a model in the file, the one whose names begin so: ema_model."
-        ),
+        Option(help="Of several copies of a model in the file, the one whose names begin so: ema_model."),
     ] = None,
     check: Annotated[
         bool,
-        typer.Option(
-            "--check/--no-check", help="Compare with the project's library, where that is installed."
-        ),
+        Option("--check/--no-check", help="Compare with the project's library, where that is installed."),
     ] = True,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write what was used, left out and compared here.")
+        Path | None, Option("--json", help="Write what was used, left out and compared here.")
     ] = None,
 ) -> None:
     """Convert SegFormer and UperNet models of other projects into a checkpoint for eval, predict and train.
 
     Every tensor of the file is used, or listed with the reason why not; anything else is an error.
     """
-    from segdeformer.errors import UsageError
-
     if to is not None:
         given = {"--from": from_ != "auto", "--recipe": recipe, "--classes": classes, "--prefix": prefix}
         if extra := next((name for name, value in given.items() if value), None):
@@ -80,9 +70,9 @@ def convert_command(
         raise UsageError(f"--out {out}: a checkpoint is a .safetensors file")
     from segdeformer.cli.show import make_console
     from segdeformer.weights.checkpoint import save_checkpoint
+    from segdeformer.weights.exports import check_parity
     from segdeformer.weights.imports import import_model, report_values
     from segdeformer.weights.labels import forbids_commerce
-    from segdeformer.weights.parity import check_parity
 
     imported = import_model(
         source,
@@ -115,7 +105,8 @@ def convert_command(
         )
     if json_file is not None:
         values = report_values(imported) | {"out": str(out), "parity": parity and parity._asdict()}
-        _write_report(console, json_file, values)
+        write_json(json_file, values)
+        console.print(f"report: {json_file}")
     console.print(f"checkpoint: {out} (try: segdeformer predict {out} IMAGES --out results)", style="bold")
 
 
@@ -132,11 +123,10 @@ def _describe(console: Console, imported: Imported) -> None:
     for item in imported.unused:
         groups.setdefault(item.reason, []).append(item.name)
     for reason, names in groups.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        console.print(f"not used: {names[0]}{more} ({reason})")
+        console.print(f"not used: {names[0]}{and_more(names)} ({reason})")
     if imported.missing:
-        more = f" and {len(imported.missing) - 1} more" if len(imported.missing) > 1 else ""
-        console.print(f"missing: {imported.missing[0]}{more} (counters, start at 0)")
+        missing = f"{imported.missing[0]}{and_more(imported.missing)}"
+        console.print(f"missing: {missing} (counters, start at 0)")
     if source.passed_over:
         console.print(f"not read, since it is no tensor and could run code: {', '.join(source.passed_over)}")
     classes = imported.classes
@@ -190,11 +180,5 @@ def _export(
             "license": license_text,
             "parity": exported.parity and exported.parity._asdict(),
         }
-        _write_report(console, json_file, values)
-
-
-def _write_report(console: Console, json_file: Path, values: dict[str, Any]) -> None:
-    from segdeformer.files import write_text
-
-    write_text(json_file, json.dumps(values, indent=2) + "\n")
-    console.print(f"report: {json_file}")
+        write_json(json_file, values)
+        console.print(f"report: {json_file}")

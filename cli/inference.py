@@ -14,6 +14,7 @@ from segdeformer.cli.launch import launch
 from segdeformer.config import Recipe, change_recipe
 from segdeformer.errors import UsageError
 from segdeformer.measure.implementation import settle_inference
+from segdeformer.models.few_keys import set_key_stride
 from segdeformer.runtime import Runtime, choose_runtime
 from segdeformer.runtime.distributed import joined_processes, started_by_torchrun
 from segdeformer.weights.checkpoint import Loaded, find_checkpoint, load
@@ -45,6 +46,7 @@ def open_model(
     mode: str | None = None,
     scales: str | None = None,
     flip: bool | None = None,
+    key_stride: int | None = None,
 ) -> Opened:
     """Load a checkpoint, folded as --fold says, and change its protocol; raises what the steps raise."""
     runtime = choose_runtime(device, impl)
@@ -59,7 +61,10 @@ def open_model(
         several = None if scales is None else [float(scale) for scale in scales.split(",")]
     except ValueError:
         raise UsageError(f"--scales {scales}: expected numbers such as 0.5,1.0,1.5") from None
-    recipe = change_recipe(loaded.checkpoint.recipe, mode=mode, scales=several, flip=flip)
+    recipe = change_recipe(
+        loaded.checkpoint.recipe, mode=mode, scales=several, flip=flip, key_stride=key_stride
+    )
+    set_key_stride(loaded.model, recipe.evaluate.key_stride)  # before anything is read, if it cannot be
     return Opened(loaded, recipe, runtime, folding)
 
 

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 
 from segdeformer.cli.stopping import answered_signals
+from segdeformer.data.parallel import num_cores
 from segdeformer.errors import UsageError, UserError
 from segdeformer.runtime.command import own_command, own_environment
 
@@ -29,8 +30,7 @@ def launch(nproc: int, arguments: Sequence[str], *, max_restarts: int) -> None:
     if sys.platform == "win32":
         raise UsageError("--nproc needs Linux or macOS; on Windows start one process")
     # Threads of one process must not take the cores of the others.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // nproc)))
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # our processes speak for themselves

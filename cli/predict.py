@@ -5,65 +5,68 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from segdeformer.cli.errors import one_line_errors
-from segdeformer.cli.options import Device, Flip, Fold, ImplName, Mode, Nproc, Scales
+from segdeformer.cli.options import Device, Flip, Fold, ImplName, KeyStride, Mode, Nproc, Scales
 
 
 @one_line_errors
 def predict_command(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder (its best).")],
-    images: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
-    out: Annotated[Path, typer.Option(help="Folder for the results; made if missing.")],
+    checkpoint: Annotated[Path, Argument(help="A checkpoint, or a run folder (its best).")],
+    images: Annotated[list[Path], Argument(help="Images, or folders of images.")],
+    out: Annotated[Path, Option(help="Folder for the results; made if missing.")],
     overlay: Annotated[
-        bool, typer.Option("--overlay", help="Also write the image coloured by class, with a legend.")
+        bool, Option("--overlay", help="Also write the image coloured by class, with a legend.")
     ] = False,
     confidence: Annotated[
-        bool, typer.Option("--confidence", help="Also write a map of the predicted class's softmax.")
+        bool, Option("--confidence", help="Also write a map of the predicted class's softmax.")
     ] = False,
-    opacity: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of the colours over the image.")] = 0.6,
+    opacity: Annotated[float, Option(min=0.0, max=1.0, help="Of the colours over the image.")] = 0.6,
     mode: Mode = None,
     scales: Scales = None,
     flip: Flip = None,
+    key_stride: KeyStride = None,
     device: Device = "auto",
     impl: ImplName = "auto",
     fold: Fold = None,
     nproc: Nproc = None,
 ) -> None:
     """Predict images of any size: <name>.png holds one class id per pixel, at the input's own size."""
-    from rich.progress import track
-
     from segdeformer.cli.inference import joined, launched, open_model
-    from segdeformer.cli.show import make_console, protocol_line
+    from segdeformer.cli.show import device_words, make_console, protocol_line, ticking
     from segdeformer.data.images import read_image
     from segdeformer.errors import UserError
     from segdeformer.inference.predict import predict_image
-    from segdeformer.kernels.impl import describe_impl
     from segdeformer.report.predictions import Kind, plan_jobs, write_prediction
     from segdeformer.runtime.distributed import from_all, is_first
 
     if launched(nproc):
         return
-    kinds: list[Kind] = []
-    if overlay:
-        kinds.append("overlay")
-    if confidence:
-        kinds.append("confidence")
+    wanted: dict[Kind, bool] = {"overlay": overlay, "confidence": confidence}
+    kinds = [kind for kind, on in wanted.items() if on]
     jobs = plan_jobs(images, out, kinds=kinds)
-    opened = open_model(checkpoint, device=device, impl=impl, fold=fold, mode=mode, scales=scales, flip=flip)
+    opened = open_model(
+        checkpoint,
+        device=device,
+        impl=impl,
+        fold=fold,
+        mode=mode,
+        scales=scales,
+        flip=flip,
+        key_stride=key_stride,
+    )
     (model, about), recipe = opened.loaded, opened.recipe
 
     console = make_console(quiet=not is_first())
     failed: list[UserError] = []
     written: list[Path] = []
     with joined(opened, console) as runtime:
-        attention = describe_impl(runtime.impl, runtime.device)
-        console.print(f"{about.path}, {len(jobs)} images, device {runtime.device}, attention {attention}")
+        console.print(f"{about.path}, {len(jobs)} images, {device_words(runtime)}")
         console.print(opened.folding, style="dim")
         console.print(f"protocol: {protocol_line(recipe.evaluate)}", style="dim")
         own = [jobs[index] for index in runtime.processes.own_indices(len(jobs))]
-        for job in track(own, "images", console=console, transient=True, disable=not console.is_terminal):
+        for job in ticking(console, own, "images", len(own)):
             try:
                 image_HW3 = read_image(job.image)
                 prediction = predict_image(

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
+from segdeformer.files import write_text
+
 if TYPE_CHECKING:
-    from segdeformer.config import EvalConfig, LossConfig, Recipe, TrainConfig
+    from segdeformer.config import EvalConfig, Recipe, TrainConfig
     from segdeformer.inference.evaluate import Report
+    from segdeformer.runtime import Runtime
     from segdeformer.training.optimizer import ParameterGroup
+
+T = TypeVar("T")
 
 
 def make_console(*, quiet: bool = False) -> Console:
@@ -23,11 +31,30 @@ def make_console(*, quiet: bool = False) -> Console:
     return Console(markup=False, highlight=False, soft_wrap=True, quiet=quiet)
 
 
+def make_table(*header: str, num_left: int = 1, **options: Any) -> Table:
+    """A plain table; its first columns are names, the others numbers."""
+    table = Table(box=None, header_style="bold", **options)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index < num_left else "right")
+    return table
+
+
+def ticking(console: Console, items: Iterable[T], what: str, total: int) -> Iterable[T]:
+    """The items, under a bar in a terminal."""
+    hidden = not console.is_terminal
+    return track(items, what, total=total, console=console, transient=True, disable=hidden)
+
+
+def device_words(runtime: Runtime) -> str:
+    """Where something runs, and by what."""
+    from segdeformer.kernels.impl import describe_impl
+
+    return f"device {runtime.device}, attention {describe_impl(runtime.impl, runtime.device)}"
+
+
 def groups_table(groups: Sequence[ParameterGroup], config: TrainConfig) -> Table:
     """Who learns at which rate: nothing about learning-rate groups is hidden."""
-    table = Table("parameters", "count", "learning rate", "weight decay", box=None, header_style="bold")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = make_table("parameters", "count", "learning rate", "weight decay")
     for group in groups:
         table.add_row(
             group.name, f"{group.num_scalars:,}", f"{group.learning_rate:.3g}", f"{group.weight_decay:.3g}"
@@ -38,26 +65,20 @@ def groups_table(groups: Sequence[ParameterGroup], config: TrainConfig) -> Table
 
 def schedule_line(recipe: Recipe) -> str:
     """One line on optimiser, schedule and loss."""
-    config = recipe.train
+    config, terms = recipe.train, recipe.active_losses
+    weighted = (f"{term.weight:g} {term.name}" if term.weight != 1 else term.name for term in terms)
+    averages = dict.fromkeys(str(getattr(term, "average", "valid")) for term in terms)
     return (
         f"AdamW, batch {config.batch_size}, {config.iterations:,} iterations: linear warm-up over "
         f"{config.warmup_iterations:,}, then poly of power {config.poly_power:g} to "
-        f"{config.min_learning_rate:g}; {loss_words(recipe.active_losses)}"
+        f"{config.min_learning_rate:g}; loss {' + '.join(weighted)}, "
+        f"averaged over {' or '.join(averages)} pixels"
     )
-
-
-def loss_words(terms: Sequence[LossConfig]) -> str:
-    """The sum of terms, and what their means are over."""
-    weighted = (f"{term.weight:g} {term.name}" if term.weight != 1 else term.name for term in terms)
-    averages = dict.fromkeys(str(getattr(term, "average", "valid")) for term in terms)
-    return f"loss {' + '.join(weighted)}, averaged over {' or '.join(averages)} pixels"
 
 
 def scores_table(report: Report) -> Table:
     """IoU and accuracy of every class in percent, and the means."""
-    table = Table("class", "IoU %", "accuracy %", "pixels %", box=None, header_style="bold")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = make_table("class", "IoU %", "accuracy %", "pixels %")
     scores = report.scores
     total = max(int(scores.pixels_K.sum()), 1)
     for index, name in enumerate(report.classes.names):
@@ -89,9 +110,61 @@ def protocol_line(protocol: EvalConfig) -> str:
         (height, width), (down, right) = protocol.window, protocol.stride
         mode += f" {height} x {width}, stride {down} x {right}"
     scales = ", ".join(f"{scale:g}" for scale in protocol.scales)
-    return f"{mode}; {size}; scales {scales}; {'with' if protocol.flip else 'no'} flip"
+    line = f"{mode}; {size}; scales {scales}; {'with' if protocol.flip else 'no'} flip"
+    stride = protocol.key_stride
+    return line if stride in (None, 1) else f"{line}; key stride {stride}, an approximation"
 
 
 def percent(share: float) -> str:
     """A share as a percentage with two decimals, a dash for NaN."""
     return "-" if math.isnan(share) else f"{100 * share:.2f}"
+
+
+class Grid(NamedTuple):
+    """A table as text; the first `num_left` columns are names, the others numbers."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+    num_left: int = 1
+
+
+def print_grid(console: Console, grid: Grid) -> None:
+    """As wide as it needs to be; names are broken where the terminal is too narrow."""
+    table = Table(title=grid.title, title_justify="left", title_style="bold", box=None, header_style="bold")
+    table.padding = (0, 1, 0, 0)
+    for index, name in enumerate(grid.header):
+        is_name = index < grid.num_left
+        table.add_column(name, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold")
+    for row in grid.rows:
+        table.add_row(*row)
+    console.print(table, soft_wrap=False)
+    for note in grid.notes:
+        console.print(note, style="dim", soft_wrap=False)
+    console.print()
+
+
+def markdown(grids: Sequence[Grid]) -> str:
+    """All tables with their titles and notes."""
+    parts = []
+    for grid in grids:
+        marks = ["---" if index < grid.num_left else "---:" for index in range(len(grid.header))]
+        lines = [_markdown_row(grid.header), _markdown_row(marks), *map(_markdown_row, grid.rows)]
+        notes = "".join(f"\n- {note}" for note in grid.notes)
+        parts.append(f"## {grid.title}\n\n" + "\n".join(lines) + (f"\n{notes}" if notes else ""))
+    return "\n\n".join(parts) + "\n"
+
+
+def write_tables(console: Console, files: Mapping[str, tuple[Path | None, object]]) -> None:
+    """Write text, or JSON, where a file is named, and say so."""
+    for what, (path, content) in files.items():
+        if path is not None:
+            text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+            write_text(path, text)
+            console.print(f"{what}: {path}")
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    escaped = [cell.replace("|", r"\|").replace("*", r"\*").replace("\n", "<br>") for cell in cells]
+    return f"| {' | '.join(escaped)} |"

@@ -3,49 +3,46 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from segdeformer.ablation.folder import is_finished, recipe_path
 from segdeformer.ablation.plan import Plan, PlannedRow, encoders
 from segdeformer.ablation.results import SCORE_RULE, Results
 from segdeformer.ablation.runs import Event, Failed, Finished, Progress, Started, Ticked
 from segdeformer.ablation.tables import DASH, FILES, NOTE_ON_SEEDS, cells, closing_line, setting_line
+from segdeformer.cli.show import make_table
 
 LINE_EVERY_S = 60.0
 MOST_CHANGES = 5  # of a row, to be told one by one
 
 
-def introduce(console: Console, plan: Plan, folder: Path, *, num_at_once: int) -> None:
+def introduce(console: Console, plan: Plan, *, num_at_once: int) -> None:
     """What will be trained, and what was before."""
     console.print(plan.title, style="bold")
     console.print(setting_line(Results(plan)))
     console.print(f"score: {SCORE_RULE}", style="dim")
     for row in plan.rows:
-        console.print(f"  {row.name}: {_changes_line(plan, row, folder)}", style="dim")
+        console.print(f"  {row.name}: {_changes_line(plan, row)}", style="dim")
     scratch = [name for name, weights in encoders(plan.rows).items() if weights == {"none"}]
     if scratch:
         console.print(
             f"from scratch: {', '.join(scratch)} (pretrained weights: --weights ENCODER=FILE)", style="yellow"
         )
-    finished = sum(is_finished(folder, run) for run in plan.runs)
+    finished = sum(run.is_finished for run in plan.runs)
     before = f", {finished} of them finished before" if finished else ""
     at_once = f", {num_at_once} at once" if num_at_once > 1 else ""
-    console.print(f"{len(plan.runs)} runs{before}{at_once}; folder {folder}")
+    console.print(f"{len(plan.runs)} runs{before}{at_once}; folder {plan.folder}")
 
 
-def _changes_line(plan: Plan, row: PlannedRow, folder: Path) -> str:
+def _changes_line(plan: Plan, row: PlannedRow) -> str:
     """What a row changes: each key, or of a model that is altogether another the tables."""
     changes = {key.removeprefix("model."): value for key, (_, value) in plan.changes(row).items()}
     if len(changes) > MOST_CHANGES:
         tables = dict.fromkeys(key.partition(".")[0] for key in changes)
-        return f"another {', '.join(tables)}: {recipe_path(folder, row)}"
+        return f"another {', '.join(tables)}: {plan.recipe_path(row)}"
     told = []
     for name, value in changes.items():
         if isinstance(value, dict):
@@ -58,10 +55,10 @@ def _changes_line(plan: Plan, row: PlannedRow, folder: Path) -> str:
 def results_table(results: Results) -> Table:
     """The rows with scores, gains and the paper's figures."""
     has_paper = any(result.row.paper for result in results.rows)
-    table = Table("row", box=None, header_style="bold", pad_edge=False)
     heads = ["mIoU %", "seeds", "gain", "95 %"] + (["paper"] if has_paper else [])
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
+    table = make_table("row", *heads, pad_edge=False)
+    for column in table.columns[1:]:
+        column.no_wrap = True
     for result in results.rows:
         shown = cells(result)
         name = Text(shown.name)
@@ -75,7 +72,7 @@ def results_table(results: Results) -> Table:
     return table
 
 
-def conclude(console: Console, results: Results, folder: Path) -> None:
+def conclude(console: Console, results: Results) -> None:
     """The table, what its columns are, which runs failed, and the files."""
     console.print()
     console.print(results_table(results), soft_wrap=False)
@@ -85,7 +82,7 @@ def conclude(console: Console, results: Results, folder: Path) -> None:
             console.print(NOTE_ON_SEEDS, style="dim")
     for line in results.failures:
         console.print(line, style="red")
-    console.print(f"results: {folder}/{FILES}")
+    console.print(f"results: {results.plan.folder}/{FILES}")
 
 
 def progress_line(progress: Progress) -> str:
@@ -99,7 +96,7 @@ def progress_line(progress: Progress) -> str:
 
 
 class AblationProgress:
-    """Shows events; `results` is replaced when a run has ended."""
+    """Shows events; `results` is replaced when a run has ended. `live` is for a terminal."""
 
     def __init__(self, console: Console, results: Results) -> None:
         self.console, self.results = console, results
@@ -117,7 +114,7 @@ class AblationProgress:
                 if uninterrupted:
                     self.durations_s.append(seconds)
                 result = next(result for result in self.results.rows if result.row.name == run.row.name)
-                miou = next(score.miou for score in result.runs if score.seed == run.seed)
+                miou = next(score.miou for score in result.runs if score.run.seed == run.seed)
                 score = "" if miou is None else f"mIoU {100 * miou:.2f} %"
                 self._say(f"{run.title}: {score} ({_minutes(seconds)})")
             case Failed(run, reason):
@@ -154,17 +151,6 @@ class AblationProgress:
         return Group(
             "", results_table(results), "", Text("\n".join(lines), style="cyan", overflow="ellipsis")
         )
-
-    def __enter__(self) -> Self:
-        if self.console.is_terminal:
-            self.live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.console.is_terminal:
-            self.live.stop()
 
 
 def _minutes(seconds: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 from segdeformer.errors import UserError
@@ -57,7 +57,7 @@ def ended_by_signals() -> Iterator[None]:
     def end(number: int, _frame: object) -> None:
         raise Interrupted(number)
 
-    with _answered_by(end):
+    with answered_by(end):
         yield
 
 
@@ -72,13 +72,16 @@ def stop_request() -> Iterator[StopRequest]:
             raise Interrupted(signal.SIGINT)
         request.signal = number
 
-    with _answered_by(ask):
+    with answered_by(ask):
         yield request
 
 
 @contextlib.contextmanager
-def _answered_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in answered_signals()}
+def answered_by(
+    handler: Callable[[int, FrameType | None], object], names: Sequence[str] = NAMES
+) -> Iterator[None]:
+    """Let the handler answer the signals meanwhile."""
+    before = {number: signal.signal(number, handler) for number in answered_signals(names)}
     try:
         yield
     finally:
@@ -86,9 +89,9 @@ def _answered_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[N
             signal.signal(number, earlier)
 
 
-def answered_signals() -> list[signal.Signals]:
+def answered_signals(names: Sequence[str] = NAMES) -> list[signal.Signals]:
     """Those that this system has; not SIGHUP under nohup, which ignores it."""
-    numbers = [signal.Signals[name] for name in NAMES if hasattr(signal, name)]
+    numbers = [signal.Signals[name] for name in names if hasattr(signal, name)]
     return [n for n in numbers if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
 
 

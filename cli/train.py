@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from segdeformer.cli.errors import one_line_errors
 from segdeformer.cli.options import ClassesFile, Device, ImplName
 from segdeformer.cli.stopping import ended_by_signals
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from segdeformer.protocols import OwnLogger
     from segdeformer.runtime import Runtime
     from segdeformer.training.prepare import Wanted
     from segdeformer.training.run import Options
 
-LARGE = "Large runs"
+large = partial(Option, rich_help_panel="Large runs")
 UNREADABLE = ("unreadable image", "unreadable label map")  # findings that --bad-images skip lives with
 
 
@@ -28,88 +31,59 @@ UNREADABLE = ("unreadable image", "unreadable label map")  # findings that --bad
 def train_command(
     recipe: Annotated[
         str | None,
-        typer.Argument(
-            help="A shipped recipe (see `segdeformer recipes`) or a TOML file.", show_default=False
-        ),
+        Argument(help="A shipped recipe (see `segdeformer recipes`) or a TOML file.", show_default=False),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="landcover, NAME:FOLDER or a folder of your own images and labels.")
+        str | None, Option(help="landcover, NAME:FOLDER or a folder of your own images and labels.")
     ] = None,
     classes: ClassesFile = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; default: a new one under runs/.")] = None,
+    out: Annotated[Path | None, Option(help="Run folder; default: a new one under runs/.")] = None,
     iterations: Annotated[
-        int | None, typer.Option(min=1, help="Instead of the recipe's; warm-up and validation scale with it.")
+        int | None, Option(min=1, help="Instead of the recipe's; warm-up and validation scale with it.")
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Images of a step, over all processes; instead of the recipe's.")
+        int | None, Option(min=1, help="Images of a step, over all processes; instead of the recipe's.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's.")] = None,
+    seed: Annotated[int | None, Option(min=0, help="Instead of the recipe's.")] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Encoder weights: a file, `timm` or `none`; instead of the recipe's.")
+        str | None, Option(help="Encoder weights: a file, `timm` or `none`; instead of the recipe's.")
     ] = None,
     device: Device = "auto",
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Loader processes; default: by the number of cores.")
+        int | None, Option(min=0, help="Loader processes; default: by the number of cores.")
     ] = None,
     impl: ImplName = "auto",
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out, or with the newest one.")
+        bool, Option("--resume", help="Go on with the run in --out, or with the newest one.")
     ] = False,
     dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Show what would be done, measure two steps, and leave no trace."),
+        bool, Option("--dry-run", help="Show what would be done, measure two steps, and leave no trace.")
     ] = False,
-    keep: Annotated[int, typer.Option(min=1, help="Checkpoints to keep for --resume.")] = 2,
+    keep: Annotated[int, Option(min=1, help="Checkpoints to keep for --resume.")] = 2,
     bad_images: Annotated[
-        str, typer.Option(help="At an image that cannot be read: stop, or skip it and count.")
+        str, Option(help="At an image that cannot be read: stop, or skip it and count.")
     ] = "stop",
     logger: Annotated[
         list[str] | None,
-        typer.Option(help="MODULE:NAME of a logger of your own, told every event; may be repeated."),
+        Option(help="MODULE:NAME of a logger of your own, told every event; may be repeated."),
     ] = None,
-    nproc: Annotated[
-        int | None,
-        typer.Option(min=1, help="Processes on this machine, one for each GPU.", rich_help_panel=LARGE),
-    ] = None,
-    max_restarts: Annotated[
-        int, typer.Option(min=0, help="With --nproc: go on so often after a death.", rich_help_panel=LARGE)
-    ] = 0,
-    accumulate: Annotated[
-        int, typer.Option(min=1, help="Micro-batches of a batch, one after another.", rich_help_panel=LARGE)
-    ] = 1,
+    nproc: Annotated[int | None, large(min=1, help="Processes on this machine, one for each GPU.")] = None,
+    max_restarts: Annotated[int, large(min=0, help="With --nproc: go on so often after a death.")] = 0,
+    accumulate: Annotated[int, large(min=1, help="Micro-batches of a batch, one after another.")] = 1,
     auto_batch: Annotated[
-        bool,
-        typer.Option(
-            "--auto-batch", help="Find the smallest --accumulate that fits memory.", rich_help_panel=LARGE
-        ),
+        bool, large("--auto-batch", help="Find the smallest --accumulate that fits memory.")
     ] = False,
     precision: Annotated[
-        str | None,
-        typer.Option(help="float32, bfloat16 or float16; instead of the recipe's.", rich_help_panel=LARGE),
+        str | None, large(help="float32, bfloat16 or float16; instead of the recipe's.")
     ] = None,
-    compile_model: Annotated[
-        bool, typer.Option("--compile", help="Compile the model by torch.compile.", rich_help_panel=LARGE)
-    ] = False,
-    channels_last: Annotated[
-        bool, typer.Option("--channels-last", help="Maps in channels-last memory.", rich_help_panel=LARGE)
-    ] = False,
+    compile_model: Annotated[bool, large("--compile", help="Compile the model by torch.compile.")] = False,
+    channels_last: Annotated[bool, large("--channels-last", help="Maps in channels-last memory.")] = False,
     grad_checkpointing: Annotated[
-        bool,
-        typer.Option(
-            "--grad-checkpointing",
-            help="Compute encoder blocks twice, to save memory.",
-            rich_help_panel=LARGE,
-        ),
+        bool, large("--grad-checkpointing", help="Compute encoder blocks twice, to save memory.")
     ] = False,
-    shard: Annotated[
-        bool,
-        typer.Option("--shard", help="Share the model between processes (FSDP2).", rich_help_panel=LARGE),
-    ] = False,
+    shard: Annotated[bool, large("--shard", help="Share the model between processes (FSDP2).")] = False,
     deterministic: Annotated[
-        bool,
-        typer.Option(
-            "--deterministic", help="On a GPU too, the same bits from one seed.", rich_help_panel=LARGE
-        ),
+        bool, large("--deterministic", help="On a GPU too, the same bits from one seed.")
     ] = False,
 ) -> None:
     """Train. Without arguments: the default recipe on the landcover data that comes with the package."""
@@ -147,26 +121,23 @@ def train_command(
         bad_images="skip" if bad_images == "skip" else "stop",
     )
     loggers = [bound_part(path, "logger", {}) for path in logger or ()]
-    task = _Task(wanted, options, loggers, resume=resume, dry_run=dry_run, auto_batch=auto_batch)
     with joined_processes(runtime.device) as processes:
-        _train(task, runtime._replace(processes=processes))
+        runtime = runtime._replace(processes=processes)
+        _train(wanted, options, loggers, runtime, resume=resume, dry_run=dry_run, auto_batch=auto_batch)
 
 
-class _Task(NamedTuple):
-    """What one call of the command is to do."""
-
-    wanted: Wanted
-    options: Options
-    loggers: list[OwnLogger]
-    resume: bool
-    dry_run: bool
-    auto_batch: bool
-
-
-def _train(task: _Task, runtime: Runtime) -> None:
+def _train(
+    wanted: Wanted,
+    options: Options,
+    loggers: Sequence[OwnLogger],
+    runtime: Runtime,
+    *,
+    resume: bool,
+    dry_run: bool,
+    auto_batch: bool,
+) -> None:
     from segdeformer.cli.show import make_console
-    from segdeformer.cli.train_plan import choose_accumulation, show_plan
-    from segdeformer.cli.train_show import introduce, train_and_show
+    from segdeformer.cli.train_show import choose_accumulation, introduce, show_plan, train_and_show
     from segdeformer.data.check.doctor import quick_check, refuse_errors
     from segdeformer.errors import UserError
     from segdeformer.measure.implementation import settle_training
@@ -176,8 +147,8 @@ def _train(task: _Task, runtime: Runtime) -> None:
 
     first = runtime.processes.is_first
     console = make_console(quiet=not first)
-    wanted, out = task.wanted, task.wanted.out
-    resumed = run_to_resume(wanted) if task.resume else None
+    out = wanted.out
+    resumed = run_to_resume(wanted) if resume else None
     if environment().restarts:  # torchrun has started us again after a death
         if out is None:
             raise UserError("a restart does not know its run: name --out, so that it goes on from there")
@@ -187,12 +158,11 @@ def _train(task: _Task, runtime: Runtime) -> None:
     prepared = prepare(wanted, resumed)
     recipe = prepared.recipe
     findings = quick_check(recipe.data) if first else ()
-    refuse_errors([f for f in findings if task.options.bad_images == "stop" or f.kind not in UNREADABLE])
+    refuse_errors([f for f in findings if options.bad_images == "stop" or f.kind not in UNREADABLE])
 
-    options = task.options
-    if task.auto_batch:
+    if auto_batch:
         options = choose_accumulation(console, prepared, options, runtime)
-    if task.dry_run:
+    if dry_run:
         show_plan(console, prepared, options, runtime, findings)
         return
     folder = resumed or out
@@ -214,7 +184,7 @@ def _train(task: _Task, runtime: Runtime) -> None:
         iteration = run.progress.iteration
         console.print(f"{folder} is complete at iteration {iteration:,}; --iterations N trains on")
         return
-    train_and_show(console, run, task.loggers if first else ())
+    train_and_show(console, run, loggers if first else ())
 
 
 def _launch(wanted: Wanted, nproc: int, *, max_restarts: int, makes_folder: bool) -> None:

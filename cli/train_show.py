@@ -1,11 +1,23 @@
-"""What `segdeformer train` prints: what it is about to do, how it goes, what came out."""
+"""What `segdeformer train` prints: what it is about to do and take, how it goes, what came out."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from segdeformer.cli import show
 from segdeformer.cli.stopping import StoppedError, stop_request
+from segdeformer.runtime.device import peak_memory_mib
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -13,19 +25,21 @@ if TYPE_CHECKING:
     from segdeformer.config import Recipe
     from segdeformer.data.check.findings import Finding
     from segdeformer.protocols import OwnLogger
-    from segdeformer.training.loop import Validated
-    from segdeformer.training.run import Run
+    from segdeformer.runtime import Runtime
+    from segdeformer.training.loop import Skipped, Step, Validated, Validating
+    from segdeformer.training.prepare import Prepared
+    from segdeformer.training.run import Options, Run
 
 HIGHEST_FINE_TUNING_RATE = 2e-4
+REFRESH_S = 0.5
+LINE_EVERY_S = 30.0
 
 
 def introduce(
     console: Console, run: Run, base: Recipe, findings: Sequence[Finding], *, shows_folder: bool = True
 ) -> None:
     """The run before its first step: changes of the recipe, data, device, who learns how fast."""
-    from segdeformer.cli.show import groups_table, schedule_line
     from segdeformer.config.changes import differences
-    from segdeformer.kernels.impl import describe_impl
 
     recipe = run.recipe
     console.print(f"{recipe.name}: {recipe.description}", style="bold")
@@ -36,9 +50,8 @@ def introduce(
         f"data {data.name}: {len(data):,} training and {len(run.data.val):,} validation images, "
         f"{recipe.model.num_classes} classes"
     )
-    attention = describe_impl(run.runtime.impl, run.runtime.device)
     folder = f", run folder {run.folder}" if shows_folder else ""
-    console.print(f"device {run.runtime.device}, attention {attention}{folder}")
+    console.print(f"{show.device_words(run.runtime)}{folder}")
     if sharing := _sharing(run):
         console.print(sharing)
     if run.model.weights_report is not None:
@@ -54,8 +67,8 @@ def introduce(
         console.print(found.line(), style="yellow")
     for warning in run.progress.warnings:
         console.print(f"warning: {warning}", style="yellow")
-    console.print(groups_table(run.groups, recipe.train), soft_wrap=False)
-    console.print(schedule_line(recipe))
+    console.print(show.groups_table(run.groups, recipe.train), soft_wrap=False)
+    console.print(show.schedule_line(recipe))
     if run.progress.iteration:
         console.print(f"goes on after iteration {run.progress.iteration:,}")
 
@@ -86,14 +99,134 @@ def _sharing(run: Run) -> str:
     return ", ".join(parts)
 
 
+def choose_accumulation(console: Console, prepared: Prepared, options: Options, runtime: Runtime) -> Options:
+    """The options with the smallest accumulation that fits memory, and a line that says so."""
+    from segdeformer.training.plan import fit_batch
+
+    fit = fit_batch(prepared.recipe, prepared.data, runtime=runtime, options=options)
+    console.print(
+        f"--auto-batch: {fit.micro_batch_size} images at once, --accumulate {fit.accumulate}: "
+        f"{fit.peak_mib:,.0f} of {fit.available_mib:,.0f} MiB"
+    )
+    return options._replace(accumulate=fit.accumulate)
+
+
+def show_plan(
+    console: Console, prepared: Prepared, options: Options, runtime: Runtime, findings: Sequence[Finding]
+) -> None:
+    """The resolved recipe, what is in it, and two measured steps; nothing is written."""
+    from segdeformer.config import recipe_toml
+    from segdeformer.training.plan import kernels_of, rehearse
+
+    recipe, workers = prepared.recipe, runtime.workers
+    console.print("dry run: nothing is kept", style="bold")
+    console.print(recipe_toml(recipe).rstrip())
+    rehearsal = rehearse(recipe, prepared.data, runtime=runtime, options=options)
+    run = rehearsal.run
+    run.recipe = recipe
+    introduce(console, run, prepared.base, findings, shows_folder=False)
+    if not findings:
+        console.print("data: nothing found that would spoil training (names, and 64 pairs)", style="green")
+
+    kernels = show.make_table("operation", "size", "by", num_left=3)
+    strides = tuple(run.model.encoder.strides)
+    for kernel in kernels_of(recipe, runtime, strides, run.micro_batch_size):
+        kernels.add_row(*kernel)
+    console.print(kernels, soft_wrap=False)
+
+    train = recipe.train
+    num_images = len(prepared.data.train)
+    epochs = train.iterations * train.batch_size / num_images
+    step_s = rehearsal.step_s
+    loading_s = rehearsal.batch_s / workers if workers else rehearsal.batch_s
+    iteration_s = max(step_s, loading_s) if workers else step_s + loading_s
+    console.print(
+        f"{num_images:,} images an epoch, {num_images / train.batch_size:,.1f} iterations; "
+        f"{train.iterations:,} iterations are {epochs:,.1f} epochs"
+    )
+    console.print(
+        f"an iteration: {step_s:.3g} s to learn, {loading_s:.3g} s to load with {workers} loader processes; "
+        f"all of them {_duration(iteration_s * train.iterations)}, and validation every "
+        f"{train.validate_every:,}"
+    )
+    console.print(f"peak memory {rehearsal.peak_mib:,.0f} MiB, of a process, in two steps")
+    console.print(f"loss of the first steps: {', '.join(f'{loss:.4f}' for loss in rehearsal.losses)}")
+
+
+class TrainingProgress:
+    """Rich bar with loss, rate, speed, memory and time left; it is seen while `bar` is entered."""
+
+    def __init__(self, console: Console, run: Run) -> None:
+        self.console = console
+        self.run = run
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.total = run.recipe.train.iterations
+        self.training = self.bar.add_task(
+            "train", total=self.total, completed=run.progress.iteration, note=""
+        )
+        self.validation = self.bar.add_task("validate", total=len(run.data.val), note="", visible=False)
+        self.shown_at = self.line_at = time.monotonic()
+        self.began, self.began_at = time.monotonic(), run.progress.iteration
+
+    def stepped(self, step: Step) -> None:
+        """One more iteration."""
+        now = time.monotonic()
+        if now - self.shown_at < REFRESH_S and step.iteration < self.total:
+            return
+        self.shown_at = now
+        (_, first), *others = step.losses.terms.items()
+        note = " ".join([f"loss {first.item():.3f}", *(f"{name} {loss.item():.3f}" for name, loss in others)])
+        note += (
+            f"  lr {step.learning_rate:.2e}  {step.images_per_second:.1f} img/s"
+            f"  {peak_memory_mib(self.run.runtime.device):,.0f} MiB"
+        )
+        self.bar.update(self.training, completed=step.iteration, note=note)
+        if not self.console.is_terminal and now - self.line_at >= LINE_EVERY_S:
+            self.line_at = now
+            seconds_left = (now - self.began) / (step.iteration - self.began_at)
+            seconds_left *= self.total - step.iteration
+            self.console.print(f"{step.iteration:,}/{self.total:,}  {note}  {_minutes(seconds_left)} left")
+
+    def skipped(self, event: Skipped) -> None:
+        """A step that learned nothing: a line that stays, unless it mends itself."""
+        if event.is_fault:
+            self.console.print(f"left out, not finite: {event.reason}", style="yellow")
+
+    def validating(self, event: Validating) -> None:
+        """One more validation image."""
+        self.bar.update(self.validation, completed=event.num_done, visible=True)
+
+    def validated(self, event: Validated) -> None:
+        """A validation is done: this line stays."""
+        self.bar.update(self.validation, completed=0, visible=False)
+        report = event.report
+        self.console.print(
+            f"iteration {event.iteration:,}: mIoU {show.percent(report.scores.miou)} %, "
+            f"aAcc {show.percent(report.pixel_accuracy)} %, loss {report.loss:.4f}"
+            f"{', best so far' if event.is_best else ''}"
+            f"  ({_minutes(time.monotonic() - self.began)})"
+        )
+
+
 def train_and_show(console: Console, run: Run, loggers: Sequence[OwnLogger]) -> None:
     """Train to the end, or until a signal asks to stop; then `UserError` says how to go on."""
-    from segdeformer.cli.progress import TrainingProgress
     from segdeformer.runtime.distributed import add_up, any_of, explained_loss
     from segdeformer.training.loop import Skipped, Stopped, Validated, Validating, train
 
     best: Validated | None = None
-    with stop_request() as should_stop, TrainingProgress(console, run) as progress:
+    progress = TrainingProgress(console, run)
+    with stop_request() as should_stop, progress.bar:
         for event in train(run, should_stop=should_stop):
             for logger in loggers:
                 logger(event, run)
@@ -144,7 +277,6 @@ def _finish(console: Console, run: Run, best: Validated | None) -> None:
     """
     import torch
 
-    from segdeformer.cli.show import scores_line, scores_table
     from segdeformer.inference.evaluate import ImageResult, evaluate
     from segdeformer.inference.predict import predict_image
     from segdeformer.report.sheet import shown_indices, write_sheet
@@ -155,31 +287,35 @@ def _finish(console: Console, run: Run, best: Validated | None) -> None:
     recipe, path = run.recipe, run.folder / BEST
     model = build_like(run).eval()
     load_weights(model, path)
+    how: Any = {"protocol": recipe.evaluate, "data": recipe.data, "runtime": run.runtime}
     if best is None:
-        report = evaluate(
-            model,
-            run.data.val,
-            protocol=recipe.evaluate,
-            data=recipe.data,
-            runtime=run.runtime._replace(processes=ALONE),
-        )
+        alone = run.runtime._replace(processes=ALONE)
+        report = evaluate(model, run.data.val, **how | {"runtime": alone})
     else:
         report = best.report
     results = []
     for index in shown_indices(len(run.data.val)):
         sample = run.data.val.read(index)
-        prediction = predict_image(
-            model,
-            sample.image_HW3,
-            protocol=recipe.evaluate,
-            data=recipe.data,
-            runtime=run.runtime,
-        )
+        prediction = predict_image(model, sample.image_HW3, **how)
         results.append(ImageResult(sample, torch.from_numpy(prediction.ids_HW)))
     picture = run.folder / "validation.png"
-    line = scores_line(report)
+    line = show.scores_line(report)
     write_sheet(picture, results, report.classes, headline=f"{recipe.name}: {line}")
-    console.print(scores_table(report), soft_wrap=False)
+    console.print(show.scores_table(report), soft_wrap=False)
     console.print(f"iteration {read_checkpoint(path).iteration:,}: {line}", style="bold")
     console.print(f"picture:    {picture}")
     console.print(f"checkpoint: {path}")
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    if minutes < 90:
+        return f"{minutes:.1f} minutes"
+    hours = minutes / 60
+    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"

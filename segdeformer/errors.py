@@ -1,5 +1,7 @@
 """The exceptions that a command line turns into one line and an exit code."""
 
+from collections.abc import Sized
+
 
 class UserError(ValueError):
     """Something the user can mend: the message says what came, what was expected, what to do.
@@ -22,6 +24,11 @@ class UsageError(UserError):
 
 class KernelError(UserError):
     """A GPU kernel did not compile or start; the message names kernel, shapes, tile and remedy."""
+
+
+def and_more(names: Sized) -> str:
+    """What follows the first of several names in a message."""
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 class LocalError(UserError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import shutil
@@ -61,6 +62,11 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text, whole or not at all."""
     with replacing(path) as aside:
         aside.write_text(text, "utf-8")
+
+
+def write_json(path: Path, values: object) -> None:
+    """Write values as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def link(source: Path, path: Path) -> None:

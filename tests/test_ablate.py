@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from segdeformer.ablation import runs as ablation_runs
 from segdeformer.ablation.folder import locked
-from segdeformer.ablation.image_counts import read_image_counts
 from segdeformer.ablation.request import make_slots
+from segdeformer.ablation.results import read_image_counts
 from segdeformer.cli.main import app
 from segdeformer.errors import UserError
 from segdeformer.inference.metrics import ConfusionMatrix

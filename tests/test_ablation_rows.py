@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from segdeformer.ablation.file import file_rows, read_ablation
 from segdeformer.ablation.plan import (
     Plan,
     base_of_rows,
     encoders,
+    file_rows,
     parse_seeds,
+    read_ablation,
     table_rows,
     with_weights,
 )
@@ -85,18 +86,18 @@ def test_contexts_of_table_5_are_the_columns_of_the_paper() -> None:
         assert context == ContextConfig(external=ExternalConfig(**wanted))
 
 
-def test_projection_and_reduction_stay_those_of_the_base(tmp_path) -> None:
+def test_projection_start_and_reduction_stay_those_of_the_base(tmp_path) -> None:
     (row, *_) = rows_of(
         tmp_path,
         '[[rows]]\nname = "a"\nmodel.context.projection = "conv_bn_relu"\nmodel.context.reduction = 2\n'
-        '[[rows]]\nname = "b"\n',
+        'model.context.start = "unit"\n[[rows]]\nname = "b"\n',
     )
     rows = table_rows(6, row.recipe)
     assert rows[0].recipe.model.context is None
     for other in rows[1:]:
         context = other.recipe.model.context
         assert context is not None
-        assert (context.projection, context.reduction) == ("conv_bn_relu", 2)
+        assert (context.projection, context.start, context.reduction) == ("conv_bn_relu", "unit", 2)
 
 
 @pytest.mark.parametrize("table", [7, 8])

@@ -8,8 +8,9 @@ import typer
 from typer.testing import CliRunner
 
 from segdeformer.cli.bench import TAKES
+from segdeformer.cli.bench_fps import comparison_grids
 from segdeformer.cli.main import app
-from segdeformer.cli.show_bench import Grid, comparison_grids, markdown
+from segdeformer.cli.show import Grid, markdown
 from segdeformer.config import load_recipe, recipe_toml
 from segdeformer.data.classes import ClassTable
 from segdeformer.errors import UserError
@@ -19,8 +20,7 @@ from segdeformer.measure.fps import Comparison, Measured, Options
 from segdeformer.measure.machine import Machine
 from segdeformer.measure.memory import Memory, measure_memory
 from segdeformer.measure.parameters import PartCounts, compared, count_parameters
-from segdeformer.measure.parts import Split
-from segdeformer.measure.speed import Length, alternating_ms, latency, percentile, split_ms
+from segdeformer.measure.speed import Length, Split, alternating_ms, latency, percentile, split_ms
 from segdeformer.paper.figures import ParamsRow, paper, paper_speeds, params_rows
 from segdeformer.weights.build import build_model
 from segdeformer.weights.checkpoint import save_checkpoint

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from segdeformer.ablation.statistics import ImageSums, draws, gain_intervals, image_sums, ious, mious
 from segdeformer.inference.metrics import ConfusionMatrix, Scores
+from segdeformer.inference.statistics import ImageSums, draws, gain_intervals, image_sums, ious, mious
 
 
 def confusions(num_seeds: int, num_images: int, num_classes: int, *, key: int) -> np.ndarray:

@@ -224,13 +224,47 @@ def test_middle_logits_stay_float32_in_half_precision():
     assert y.context_BNC.dtype == torch.bfloat16
 
 
-def test_tokens_and_linears_start_trunc_normal_with_std_002_and_zero_biases():
+@pytest.mark.parametrize(
+    ("changes", "projections", "tables"),
+    [
+        ({}, 1 / 16, 1.0),  # 256 channels
+        ({"start": "unit"}, 1 / 16, 1.0),
+        ({"start": "small"}, 0.02, 0.02),
+        ({"projection": "conv_bn_relu"}, 0.02, 0.02),  # its convolutions aside
+        ({"projection": "conv_bn_relu", "start": "unit"}, 1 / 16, 1.0),
+    ],
+)
+@pytest.mark.parametrize("tokens", ["learned", "momentum"])
+def test_linears_and_tokens_start_with_the_deviation_that_the_recipe_names_and_zero_biases(
+    changes, projections, tables, tokens
+):
     torch.manual_seed(0)
-    context = build_context(
-        ContextConfig(internal=InternalConfig(), external=ExternalConfig()), width=256, num_classes=150
-    )
-    for name, parameter in context.named_parameters():
-        if name.endswith("bias"):
-            assert parameter.abs().max() == 0, name
-        else:
-            assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
+    outer = ExternalConfig(tokens=tokens, decouple=tokens == "learned")
+    config = ContextConfig(internal=InternalConfig(mlp=True), external=outer, **changes)
+    context = build_context(config, width=256, num_classes=150)
+    linears = {name: m for name, m in context.named_modules() if isinstance(m, nn.Linear)}
+    assert len(linears) == (11 if config.projection == "affine" else 4)
+    for name, linear in linears.items():
+        expected = 0.02 if "mlp" in name else projections  # which follows a LayerNorm
+        assert linear.weight.std().item() == pytest.approx(expected, rel=0.03), name
+        assert linear.bias.abs().max() == 0, name
+    for table in context.external.tokens.tables():
+        assert table.std().item() == pytest.approx(tables, rel=0.03)
+
+
+def test_a_unit_start_lets_every_softmax_choose_where_a_small_one_averages():
+    deviations = {}
+    for start in ("unit", "small"):
+        torch.manual_seed(0)
+        config = ContextConfig(start=start, internal=InternalConfig(), external=ExternalConfig())
+        context = build_context(config, width=128, num_classes=19).double()
+        # as a fusion's ReLU leaves them: half of the normal distribution
+        x = tokens(9, 13, 128)
+        x = x._replace(pixels_BNC=x.pixels_BNC.relu())
+        pixels_BNC = x.pixels_BNC
+        inner = context.internal[0].attention
+        scores_BNN = inner.query(pixels_BNC) @ inner.key(pixels_BNC).mT * inner.scale
+        class_logits_BNK = context.external(x).class_logits_BNK
+        deviations[start] = [t.std(-1).mean().item() for t in (scores_BNN, class_logits_BNK)]
+    assert min(deviations["unit"]) > 0.3
+    assert max(deviations["small"]) < 0.05

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from segdeformer.errors import UserError
 from segdeformer.models.segmenter import Segmenter
+from segdeformer.weights.exports import check_parity
 from segdeformer.weights.imports import import_model
-from segdeformer.weights.names import name_table
-from segdeformer.weights.parity import check_parity
+from segdeformer.weights.names import name_table, written
 
 
 def logits(model: Segmenter, images: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def test_nvlabs_names_have_the_logits_of_transformers_too(tmp_path):
     # The order of NVlabs' fused keys and values is checked in test_weights; here the head's.
     state = imported.model.state_dict()
     links = name_table(imported.model, "huggingface").links
-    in_their_names = {link.theirs: link.write([state[name] for name in link.ours]) for link in links}
+    in_their_names = written(links, state)
     fuse = in_their_names["decode_head.linear_fuse.weight"]
     assert torch.equal(fuse, tensors["decode_head.linear_fuse.conv.weight"])
     assert torch.equal(

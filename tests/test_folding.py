@@ -21,7 +21,7 @@ from segdeformer.config import (
 )
 from segdeformer.errors import UsageError
 from segdeformer.inference.views import predict_strips
-from segdeformer.models import folding
+from segdeformer.models import context, folding
 from segdeformer.models.batch_norms import fused_encoder
 from segdeformer.models.encoders import TimmEncoder, build_encoder
 
@@ -199,9 +199,9 @@ def test_one_linear_layer_feeds_both_attentions_with_aligned_views(num_classes, 
         calls.append((scores, middle))
         return attend_external(scores, middle, **options)
 
-    attend, attend_external = folding.attention, folding.external_attention
-    monkeypatch.setattr("segdeformer.models.context.attention", watched)
-    monkeypatch.setattr(folding, "external_attention", watched_external)
+    attend, attend_external = context.attention, context.external_attention
+    monkeypatch.setattr(context, "attention", watched)
+    monkeypatch.setattr(context, "external_attention", watched_external)
     with torch.no_grad():
         apart = folded(images()).logits_BKhw  # as on a CPU, part by part
         calls.clear()

@@ -152,13 +152,9 @@ def test_a_whole_rehearsal_needs_nothing_but_torch_triton_and_numpy(tmp_path):
     records = open_records(tmp_path, this_machine())
     table = records.table
     assert len(table["checks"]) == table["num_check_groups"]
-    timed = [
-        contender
-        for section in ("rows", "decoder", "upsampling")
-        for entry in table[section].values()
-        for contender in entry["contenders"].values()
-        if "ms" in contender
-    ]
+    entries = {name: e for section in ("rows", "decoder", "upsampling") for name, e in table[section].items()}
+    assert {name: e for name, e in entries.items() if "contenders" not in e} == {}
+    timed = [c for entry in entries.values() for c in entry["contenders"].values() if "ms" in c]
     assert len(timed) > 20
     assert all(contender["eager_ms"] > 0 for contender in timed)
     ours = [row["contenders"]["ours (triton)"] for row in table["rows"].values()]

@@ -186,12 +186,15 @@ def test_baseline_paper_and_released_recipes_differ_in_nothing_but_the_context(s
     ours = load_recipe(f"ade20k-segdeformer-{size}")
     released = load_recipe(f"ade20k-segdeformer-{size}-released")
     assert without(baseline, "reported", "model.context") == without(ours, "reported", "model.context")
-    assert without(ours, "model.context.projection") == without(released, "model.context.projection")
+    style = ("model.context.projection", "model.context.start")
+    assert without(ours, *style) == without(released, *style)
     assert baseline.model.context is None
     assert ours.model.context is not None
     assert ours.model.context.projection == "affine"
+    assert ours.model.context.start == "unit"
     assert released.model.context is not None
     assert released.model.context.projection == "conv_bn_relu"
+    assert released.model.context.start == "small"
 
 
 @pytest.mark.parametrize("name", [n for n in OF_THE_PAPER if n.split("-")[1] == "upernet"])

@@ -190,7 +190,7 @@ def test_an_image_is_evaluated_without_waiting(monkeypatch, protocol):
         tally.counts_KK = fake(19, 19, dtype=torch.int64)
         views = inference.make_views(Quarter(), image, protocol, DataConfig(name="synthetic"), GPU)
         with torch.inference_mode():
-            ids = evaluate._add_image(tally, views, labels_like(45, 53), "sdpa")
+            ids = evaluate.add_image(tally, views, labels_like(45, 53), "sdpa")
     assert (ids.shape, ids.dtype, ids.device) == ((45, 53), torch.uint8, GPU)
     assert [loss.device for loss in tally.image_losses] == [GPU]
 

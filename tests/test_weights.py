@@ -13,7 +13,8 @@ from segdeformer.config import EncoderConfig
 from segdeformer.errors import UsageError, UserError
 from segdeformer.models.encoders import build_encoder
 from segdeformer.models.mit import MIT_SIZES, MiT
-from segdeformer.weights.encoder import STYLES, export_encoder_weights, load_encoder_weights
+from segdeformer.weights.encoder import export_encoder_weights, load_encoder_weights
+from segdeformer.weights.names import STYLES
 
 
 def random_mit(seed: int, name: str = "mit_nano") -> MiT:

@@ -12,37 +12,57 @@ SDPA_ALIGNMENT = 8  # elements, for the GPU's fused kernels
 
 
 def attention(
-    queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, *, scale: float, impl: Impl = "auto"
+    queries_BND: Tensor,
+    keys_BMD: Tensor,
+    values_BME: Tensor,
+    *,
+    scale: float,
+    bias_M: Tensor | None = None,
+    impl: Impl = "auto",
 ) -> Tensor:
-    """softmax(scale * Q K^T) V of Eq. 5, (B, N, E), in the inputs' dtype.
+    """softmax(scale * Q K^T + bias) V of Eq. 5, (B, N, E), in the inputs' dtype.
 
     M may differ from N (reduced keys and values) and E from D. Several heads: fold them into B.
-    Raises `ValueError` when the three shapes do not belong together.
+    bias_M: float32 or wider, what each key's scores get besides, such as the log of how many keys it stands
+        for; it takes no gradient.
+    Raises `ValueError` when the shapes do not belong together.
     """
     check_attention_shapes(queries_BND, keys_BMD, values_BME)
+    if bias_M is not None and bias_M.shape != keys_BMD.shape[1:2]:
+        raise ValueError(
+            f"the bias has shape {tuple(bias_M.shape)}; expected ({keys_BMD.shape[1]},), one a key"
+        )
     match choose_impl(impl, queries_BND, keys_BMD, values_BME):
         case "triton":
             from segdeformer.kernels.attention.operator import attention_triton
 
+            if bias_M is not None:
+                raise ValueError("impl `triton` takes no bias yet; use sdpa")
             return attention_triton(queries_BND, keys_BMD, values_BME, scale=scale)
         case "reference":
-            return attention_reference(queries_BND, keys_BMD, values_BME, scale=scale)
+            return attention_reference(queries_BND, keys_BMD, values_BME, scale=scale, bias_M=bias_M)
         case "blocks":
             from segdeformer.kernels.attention.blocks import attention_blocks
 
             with torch.autocast("cpu", enabled=False):
-                return attention_blocks(queries_BND, keys_BMD, values_BME, scale=scale)
+                return attention_blocks(queries_BND, keys_BMD, values_BME, scale=scale, bias_M=bias_M)
         case "sdpa":
-            return _attention_sdpa(queries_BND, keys_BMD, values_BME, scale=scale)
+            return _attention_sdpa(queries_BND, keys_BMD, values_BME, scale=scale, bias_M=bias_M)
 
 
-def attention_reference(queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, *, scale: float) -> Tensor:
+def attention_reference(
+    queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, *, scale: float, bias_M: Tensor | None = None
+) -> Tensor:
     """Eq. 5 as printed; holds the N x M matrix."""
     scores_BNM = (queries_BND @ keys_BMD.transpose(1, 2)) * scale
+    if bias_M is not None:
+        scores_BNM = scores_BNM + bias_M.to(scores_BNM.dtype)
     return scores_BNM.softmax(dim=-1) @ values_BME
 
 
-def _attention_sdpa(queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, *, scale: float) -> Tensor:
+def _attention_sdpa(
+    queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, *, scale: float, bias_M: Tensor | None
+) -> Tensor:
     width, value_width = queries_BND.shape[-1], values_BME.shape[-1]
     # Unequal widths would drop PyTorch into the form that holds N x M scores, on a GPU odd ones too.
     # Zeros in queries and keys leave the scores as they are, zeros in values add columns that are cut off.
@@ -53,8 +73,9 @@ def _attention_sdpa(queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, *
         queries_BND, keys_BMD = F.pad(queries_BND, (0, common - width)), F.pad(keys_BMD, (0, common - width))
     if value_width < common:
         values_BME = F.pad(values_BME, (0, common - value_width))
+    mask = None if bias_M is None else bias_M.to(queries_BND.dtype).expand(queries_BND.shape[1], -1)
     out_B1NE = F.scaled_dot_product_attention(
-        queries_BND.unsqueeze(1), keys_BMD.unsqueeze(1), values_BME.unsqueeze(1), scale=scale
+        queries_BND.unsqueeze(1), keys_BMD.unsqueeze(1), values_BME.unsqueeze(1), attn_mask=mask, scale=scale
     )
     return out_B1NE.squeeze(1)[..., :value_width]
 

@@ -21,12 +21,14 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, Self
 
-# Without progress, until a process counts as hanging; Triton's interpreter is slow. Nothing is imported for
-# this, so that a new process loads only what its task needs.
-PATIENCE_S = 120.0 if os.environ.get("TRITON_INTERPRET") == "1" else 20.0
-COMPILE_PATIENCE_S = 90.0  # one kernel takes 2 s, but all cores are busy with others
-EXACT_PATIENCE_S = 90.0  # float64 answers of large problems
-START_PATIENCE_S = 180.0  # to import PyTorch from a cold disk
+# Without progress, until a process counts as hanging; Triton's interpreter is slow, and a rehearsal keeps no
+# GPU waiting. Nothing is imported for this, so that a new process loads only what its task needs.
+_IS_REHEARSAL = os.environ.get("TRITON_INTERPRET") == "1"
+PATIENCE_S = 300.0 if _IS_REHEARSAL else 20.0
+# One kernel takes 2 s, but all cores are busy with others.
+COMPILE_PATIENCE_S = 300.0 if _IS_REHEARSAL else 90.0
+EXACT_PATIENCE_S = 300.0 if _IS_REHEARSAL else 90.0  # float64 answers of large problems
+START_PATIENCE_S = 300.0 if _IS_REHEARSAL else 180.0  # to import PyTorch from a cold disk
 GRACE_S = 30.0  # after the deadline, for what is in hand
 END_S = 10.0  # until a killed process is gone; with a broken driver it may stay
 MOST_LOSSES = 6  # in a row, without a result between them: then the machine is broken, not the tasks

@@ -17,52 +17,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from segdeformer.ablation.plan import Plan, PlannedRow, Run
+from segdeformer.ablation.plan import Plan
 from segdeformer.config import recipe_toml, validate_recipe
 from segdeformer.config.changes import differences
 from segdeformer.errors import UserError
-from segdeformer.files import write_text
+from segdeformer.files import write_json, write_text
 
-PLAN, LOCK, IMAGE_COUNTS = "plan.json", "lock", "images.npz"
+PLAN, LOCK = "plan.json", "lock"
 ORPHANS_SAVE_S = 120.0
 
 
-def recipe_path(folder: Path, row: PlannedRow) -> Path:
-    return folder / "rows" / row.folder / "recipe.toml"
-
-
-def run_path(folder: Path, run: Run) -> Path:
-    """The run's folder, as `segdeformer train --out` makes it."""
-    return folder / "rows" / run.row.folder / f"seed-{run.seed}"
-
-
-def log_path(folder: Path, run: Run) -> Path:
-    return run_path(folder, run).with_suffix(".log")
-
-
-def counts_path(folder: Path, run: Run) -> Path:
-    """The confusion matrices of the run's images, once it is scored."""
-    return run_path(folder, run) / IMAGE_COUNTS
-
-
-def is_finished(folder: Path, run: Run) -> bool:
-    """Trained to the end and scored."""
-    return counts_path(folder, run).is_file()
-
-
-def settle(folder: Path, plan: Plan) -> None:
-    """Write the plan and its recipes into the folder, or see that the one there is the same.
+def settle(plan: Plan) -> None:
+    """Write the plan and its recipes into its folder, or see that the one there is the same.
 
     Seeds may be added. Raises `UserError` that names the first setting that differs.
     """
-    path = folder / PLAN
+    folder, path = plan.folder, plan.folder / PLAN
     if path.exists():
         _check_same(path, plan)
     elif any((folder / "rows").glob("*")):
         raise UserError(f"{folder} has rows, but no {PLAN} that says whose; choose another --out")
     for row in plan.rows:
-        write_text(recipe_path(folder, row), recipe_toml(row.recipe))
-    write_text(path, json.dumps(_values(plan), indent=2) + "\n")
+        write_text(plan.recipe_path(row), recipe_toml(row.recipe))
+    write_json(path, _values(plan))
 
 
 def _values(plan: Plan) -> dict[str, Any]:

@@ -9,14 +9,15 @@ from pathlib import Path
 import torch
 
 from segdeformer.ablation import DEFAULT_BASE, DEFAULT_ITERATIONS
-from segdeformer.ablation.file import file_rows, read_ablation
 from segdeformer.ablation.plan import (
     Plan,
     PlannedRow,
     base_of_rows,
     data_title,
     encoders,
+    file_rows,
     parse_seeds,
+    read_ablation,
     table_rows,
     with_weights,
 )

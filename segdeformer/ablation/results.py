@@ -1,26 +1,30 @@
 """What an ablation has shown so far: scores of its rows, and gains over their baselines with intervals.
 
-Scores lie in [0, 1], as everywhere; percent points are for showing.
+Scores lie in [0, 1], as everywhere; percent points are for showing. A run is scored by the confusion matrices
+of its validation images, which are kept in a file. N images, K classes.
 """
 
 from __future__ import annotations
 
 import math
-import platform
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from segdeformer.ablation import statistics as bootstrap
-from segdeformer.ablation.folder import counts_path, is_finished, recipe_path, run_path
-from segdeformer.ablation.image_counts import read_image_counts
-from segdeformer.ablation.plan import Plan, PlannedRow, Run
-from segdeformer.ablation.statistics import ImageSums, Interval
+from segdeformer.ablation.plan import IMAGE_COUNTS, Plan, PlannedRow, Run
+from segdeformer.config import Recipe
+from segdeformer.data.samples import Dataset
 from segdeformer.errors import UserError
-from segdeformer.inference.evaluate import protocol_notes
-from segdeformer.version import __version__
+from segdeformer.files import replacing
+from segdeformer.inference import statistics as bootstrap
+from segdeformer.inference.evaluate import Tally, evaluate_images, protocol_notes
+from segdeformer.inference.metrics import ConfusionMatrix
+from segdeformer.inference.scorecard import versions
+from segdeformer.inference.statistics import ImageSums, Interval
+from segdeformer.models.segmenter import Segmenter
+from segdeformer.runtime import ON_CPU, Runtime
 
 SCORE_RULE = "the model after the last iteration; none is chosen by its score, which would flatter noisy rows"
 SPREAD_RULE = "sample standard deviation over seeds (n - 1)"
@@ -31,10 +35,55 @@ INTERVAL_RULE = (
 )
 
 
-class RunScore(NamedTuple):
-    """One seed of a row; mIoU is None until it is finished, failure None unless it failed."""
+class ImageCounts(NamedTuple):
+    """counts: (N, K, K) uint32 pixels; rows are the truth, ignored pixels are left out."""
 
-    seed: int
+    names: tuple[str, ...]  # of the images
+    classes: tuple[str, ...]
+    counts: np.ndarray
+    iteration: int  # of the model that predicted them
+
+
+def count_images(
+    model: Segmenter, dataset: Dataset, recipe: Recipe, *, iteration: int, runtime: Runtime = ON_CPU
+) -> ImageCounts:
+    """Evaluate as `segdeformer eval` does, but keep every image's confusion matrix."""
+    num_classes = len(dataset.classes.names)
+    names = []
+    counts_NKK = np.zeros((len(dataset), num_classes, num_classes), np.uint32)
+    tally = Tally(dataset.classes)
+    results = evaluate_images(
+        model, dataset, tally, protocol=recipe.evaluate, data=recipe.data, runtime=runtime
+    )
+    for index, result in enumerate(results):
+        confusion = ConfusionMatrix(num_classes)
+        confusion.add(result.sample.labels_HW, result.ids)
+        names.append(result.sample.name)
+        counts_NKK[index] = confusion.counts_KK
+    return ImageCounts(tuple(names), tuple(dataset.classes.names), counts_NKK, iteration)
+
+
+def write_image_counts(path: Path, counts: ImageCounts) -> None:
+    """Write the matrices as a compressed NumPy file, its arrays named as the fields."""
+    with replacing(path) as aside, aside.open("wb") as file:
+        names, classes, counts_NKK, iteration = counts
+        np.savez_compressed(file, names=names, classes=classes, counts=counts_NKK, iteration=iteration)
+
+
+def read_image_counts(path: Path) -> ImageCounts:
+    """Raises `UserError` when there is no such file or it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names, classes = (tuple(map(str, file[key])) for key in ("names", "classes"))
+            return ImageCounts(names, classes, file["counts"], int(file["iteration"]))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read ({error}); remove it to have the run scored anew") from None
+
+
+class RunScore(NamedTuple):
+    """mIoU is None until it is finished, failure None unless it failed."""
+
+    run: Run
     miou: float | None = None
     iou_K: np.ndarray | None = None  # NaN where a class neither occurs nor is predicted
     failure: str | None = None
@@ -63,7 +112,7 @@ class RowResult(NamedTuple):
 
     @property
     def mious(self) -> list[float]:
-        return [run.miou for run in self.runs if run.miou is not None]
+        return [score.miou for score in self.runs if score.miou is not None]
 
     @property
     def mean(self) -> float | None:
@@ -78,7 +127,7 @@ class RowResult(NamedTuple):
     @property
     def failure(self) -> str | None:
         """Why the first seed that failed did."""
-        return next((run.failure for run in self.runs if run.failure is not None), None)
+        return next((score.failure for score in self.runs if score.failure is not None), None)
 
 
 class Results(NamedTuple):
@@ -95,18 +144,18 @@ class Results(NamedTuple):
     def failures(self) -> list[str]:
         """A line for each run that failed."""
         return [
-            f"{result.row.name}, seed {run.seed}: failed: {run.failure}"
+            f"{score.run.title}: failed: {score.failure}"
             for result in self.rows
-            for run in result.runs
-            if run.failure is not None
+            for score in result.runs
+            if score.failure is not None
         ]
 
 
 class Collector:
     """Keeps the sums of the runs that it has read; a run is read once."""
 
-    def __init__(self, plan: Plan, folder: Path) -> None:
-        self.plan, self.folder = plan, folder
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
         self.sums: dict[tuple[str, int], ImageSums] = {}
         self.failures: dict[tuple[str, int], str] = {}
         self.names: tuple[str, ...] = ()
@@ -114,12 +163,13 @@ class Collector:
 
     def results(self) -> Results:
         """Raises `UserError` when the runs were not scored on the same images."""
-        for run in self.plan.runs:
-            if (run.row.name, run.seed) not in self.sums and is_finished(self.folder, run):
-                self._read(run, counts_path(self.folder, run))
+        plan = self.plan
+        for run in plan.runs:
+            if (run.row.name, run.seed) not in self.sums and run.is_finished:
+                self._read(run, run.folder / IMAGE_COUNTS)
         rows = tuple(
-            RowResult(row, tuple(self._score(row.name, seed) for seed in self.plan.seeds), self._gain(row))
-            for row in self.plan.rows
+            RowResult(row, tuple(self._score(plan.run(row, seed)) for seed in plan.seeds), self._gain(row))
+            for row in plan.rows
         )
         return Results(self.plan, rows, len(self.names), self.classes)
 
@@ -138,11 +188,11 @@ class Collector:
             )
         self.sums[run.row.name, run.seed] = bootstrap.image_sums(counts.counts[None])
 
-    def _score(self, row: str, seed: int) -> RunScore:
-        sums = self.sums.get((row, seed))
+    def _score(self, run: Run) -> RunScore:
+        sums = self.sums.get((run.row.name, run.seed))
         if sums is None:
-            return RunScore(seed, failure=self.failures.get((row, seed)))
-        return RunScore(seed, float(bootstrap.mious(sums)[0]), bootstrap.ious(sums)[0])
+            return RunScore(run, failure=self.failures.get((run.row.name, run.seed)))
+        return RunScore(run, float(bootstrap.mious(sums)[0]), bootstrap.ious(sums)[0])
 
     def _gain(self, row: PlannedRow) -> RowGain | None:
         names = (row.name, row.over)
@@ -160,7 +210,7 @@ class Collector:
         return RowGain(Gain(float(each.mean()), intervals.miou), seeds, tuple(each.tolist()), classes)
 
 
-def results_values(results: Results, folder: Path) -> dict[str, Any]:
+def results_values(results: Results) -> dict[str, Any]:
     """Everything as JSON values, in [0, 1] as in `eval --json`; points of 100 only where the name says so."""
     plan = results.plan
     recipe = plan.base
@@ -181,28 +231,24 @@ def results_values(results: Results, folder: Path) -> dict[str, Any]:
             "resamples": bootstrap.RESAMPLES,
             "generator": f"numpy Philox, keys {bootstrap.KEY}, 0 (images) and {bootstrap.KEY}, 1 (seeds)",
         },
-        "versions": {
-            "segdeformer": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "complete": results.num_finished == len(plan.runs),
         "classes": list(results.classes),
-        "rows": [_row_values(plan, row, folder) for row in results.rows],
+        "rows": [_row_values(plan, row) for row in results.rows],
     }
 
 
-def _row_values(plan: Plan, result: RowResult, folder: Path) -> dict[str, Any]:
+def _row_values(plan: Plan, result: RowResult) -> dict[str, Any]:
     row, gain = result.row, result.gain
     runs = [
         {
-            "seed": run.seed,
-            "folder": str(run_path(folder, Run(row, run.seed)).relative_to(folder)),
-            "miou": run.miou,
-            "iou": None if run.iou_K is None else [_finite(iou) for iou in run.iou_K.tolist()],
-            "failure": run.failure,
+            "seed": score.run.seed,
+            "folder": str(score.run.folder.relative_to(plan.folder)),
+            "miou": score.miou,
+            "iou": None if score.iou_K is None else [_finite(iou) for iou in score.iou_K.tolist()],
+            "failure": score.failure,
         }
-        for run in result.runs
+        for score in result.runs
     ]
     gains = gain and {
         **_gain_values("miou", gain.miou),
@@ -218,7 +264,7 @@ def _row_values(plan: Plan, result: RowResult, folder: Path) -> dict[str, Any]:
     return {
         "name": row.name,
         "over": row.over,
-        "recipe": str(recipe_path(folder, row).relative_to(folder)),
+        "recipe": str(plan.recipe_path(row).relative_to(plan.folder)),
         "changes": {key: {"base": base, "row": value} for key, (base, value) in plan.changes(row).items()},
         "iterations": row.recipe.train.iterations,
         "miou": result.mean,

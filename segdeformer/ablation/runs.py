@@ -15,7 +15,6 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import NamedTuple
 
-from segdeformer.ablation.folder import is_finished, log_path, recipe_path, run_path
 from segdeformer.ablation.plan import Plan, Run
 from segdeformer.runtime.command import own_command, own_environment
 from segdeformer.training.run import RECIPE
@@ -89,32 +88,29 @@ Event = Started | Ticked | Finished | Failed | Stopped
 class _Job:
     """A run in a slot: training, then scoring."""
 
-    def __init__(self, run: Run, folder: Path, slot: Slot, lock: int) -> None:
-        self.run, self.folder, self.slot, self.lock = run, folder, slot, lock
-        self.path = run_path(folder, run)
+    def __init__(self, run: Run, recipe: Path, slot: Slot, lock: int) -> None:
+        self.run, self.slot, self.lock = run, slot, lock
         self.began = time.monotonic()
-        self.goes_on = (self.path / LAST).is_file() or any(self.path.glob(CHECKPOINTS))
+        self.goes_on = (run.folder / LAST).is_file() or any(run.folder.glob(CHECKPOINTS))
         self.scoring = False
-        self.process = self._start(self._train_command())
-
-    def _train_command(self) -> tuple[str, ...]:
-        options = ("--out", str(self.path), *self.slot.options, *self.slot.train_options)
-        if self.goes_on:
-            return (*TRAIN, "--resume", *options)
-        # killed before its first checkpoint: it starts anew, in a folder that holds no run
-        (self.path / RECIPE).unlink(missing_ok=True)
-        recipe = str(recipe_path(self.folder, self.run.row))
-        return (*TRAIN, recipe, "--seed", str(self.run.seed), *options)
+        if not self.goes_on:
+            # killed before its first checkpoint: it starts anew, in a folder that holds no run
+            (run.folder / RECIPE).unlink(missing_ok=True)
+        what = ("--resume",) if self.goes_on else (str(recipe), "--seed", str(run.seed))
+        options = ("--out", str(run.folder), *slot.options, *slot.train_options)
+        self.process = self._start((*TRAIN, *what, *options))
 
     def score(self) -> None:
         self.scoring = True
-        self.process = self._start((*SCORE, str(self.path), *self.slot.options))
+        self.process = self._start((*SCORE, str(self.run.folder), *self.slot.options))
 
     def _start(self, command: tuple[str, ...]) -> subprocess.Popen[bytes]:
-        with log_path(self.folder, self.run).open("ab") as log:
+        if sys.platform == "linux":  # told to save and end when this process is killed
+            command = (sys.executable, "-ISc", GUARD, str(os.getpid()), *command)
+        with self.run.log.open("ab") as log:
             self.log_began = log.tell()
             return subprocess.Popen(
-                _guarded(command),
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -124,12 +120,12 @@ class _Job:
             )
 
     def progress(self) -> Progress:
-        iteration, loss = _last_step(self.path)
+        iteration, loss = _last_step(self.run.folder)
         return Progress(self.run, iteration, loss, self.scoring)
 
     def reason(self) -> str:
         """The last error line of what it printed since it started, else the last line."""
-        with log_path(self.folder, self.run).open("rb") as log:
+        with self.run.log.open("rb") as log:
             log.seek(self.log_began)
             lines = [line.strip() for line in log.read().decode("utf-8", "replace").splitlines()]
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
@@ -144,25 +140,21 @@ class _Job:
 
 
 def execute(
-    plan: Plan,
-    folder: Path,
-    slots: list[Slot],
-    *,
-    lock: int,
-    should_stop: Callable[[], int] = lambda: 0,
+    plan: Plan, slots: list[Slot], *, lock: int, should_stop: Callable[[], int] = lambda: 0
 ) -> Generator[Event, None, None]:
     """Run what is not finished, a process in each slot, and tell what happens.
 
     should_stop: how often a stop was asked for. At the first, each process is told once, and saves; at
     the second they are killed. A run that fails is told and left; the others go on.
     """
-    waiting = [run for run in plan.runs if not is_finished(folder, run)]
+    waiting = [run for run in plan.runs if not run.is_finished]
     free, jobs = list(slots), list[_Job]()
     told = 0
     try:
         while jobs or (waiting and not told):
             while free and waiting and not told:
-                job = _Job(waiting.pop(0), folder, free.pop(0), lock)
+                run = waiting.pop(0)
+                job = _Job(run, plan.recipe_path(run.row), free.pop(0), lock)
                 jobs.append(job)
                 yield Started(job.run, job.goes_on)
             time.sleep(POLL_S)
@@ -211,10 +203,3 @@ def _last_step(path: Path) -> tuple[int, float | None]:
         if entry["kind"] == "train":
             return entry["iteration"], entry["loss"]
     return 0, None
-
-
-def _guarded(command: tuple[str, ...]) -> tuple[str, ...]:
-    """On Linux: the command, so that it is told to save and end when this process is killed."""
-    if sys.platform != "linux":
-        return command
-    return (sys.executable, "-ISc", GUARD, str(os.getpid()), *command)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from segdeformer.ablation import statistics as bootstrap
 from segdeformer.ablation.plan import data_title
 from segdeformer.ablation.results import (
     INTERVAL_RULE,
@@ -24,7 +21,8 @@ from segdeformer.ablation.results import (
     results_values,
 )
 from segdeformer.data.images import write_png
-from segdeformer.files import write_text
+from segdeformer.files import write_json, write_text
+from segdeformer.inference import statistics as bootstrap
 from segdeformer.report.gains import GainLine, gains_plot
 
 DASH = "-"
@@ -106,10 +104,10 @@ def markdown(results: Results) -> str:
         lines.append(_line([*shown, result.row.over or DASH, paper_miou, paper_gain][: len(heads)]))
     lines += ["", *_class_lines(results)]
     lines += [
-        f"- `{result.row.name}`, seed {run.seed}: failed: {run.failure}"
+        f"- `{result.row.name}`, seed {score.run.seed}: failed: {score.failure}"
         for result in results.rows
-        for run in result.runs
-        if run.failure
+        for score in result.runs
+        if score.failure
     ]
     lines += [
         f"- Score: {SCORE_RULE}.",
@@ -197,9 +195,10 @@ def gain_lines(results: Results) -> list[GainLine]:
     return lines
 
 
-def write_results(results: Results, folder: Path) -> None:
+def write_results(results: Results) -> None:
     """Write results as JSON, Markdown, CSV and a picture."""
-    write_text(folder / "ablation.json", json.dumps(results_values(results, folder), indent=2) + "\n")
+    folder = results.plan.folder
+    write_json(folder / "ablation.json", results_values(results))
     write_text(folder / "table.md", markdown(results))
     write_text(folder / "table.csv", csv_text(results))
     write_text(folder / "classes.csv", class_csv_text(results))

@@ -23,6 +23,8 @@ from segdeformer.config.model import (
     ModelConfig,
     OwnFusionConfig,
     Projection,
+    ReductionBy,
+    Start,
     ThirdPartyConfig,
     UperNetConfig,
 )
@@ -65,7 +67,9 @@ __all__ = [
     "OwnLossConfig",
     "Projection",
     "Recipe",
+    "ReductionBy",
     "ReportedConfig",
+    "Start",
     "Strict",
     "ThirdPartyConfig",
     "TrainConfig",

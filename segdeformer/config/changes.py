@@ -26,12 +26,13 @@ def change_recipe(
     mode: str | None = None,
     scales: Sequence[float] | None = None,
     flip: bool | None = None,
+    key_stride: int | None = None,
     keeps_schedule: bool = False,
 ) -> Recipe:
     """The recipe with whatever is not None put in, validated anew.
 
-    weights: of the encoder. mode, scales, flip: of the evaluation. Warm-up and intervals scale with
-    `iterations`, unless a run that has begun `keeps_schedule`. Raises `UsageError` in one line.
+    weights: of the encoder. mode, scales, flip, key_stride: of the evaluation. Warm-up and intervals scale
+    with `iterations`, unless a run that has begun `keeps_schedule`. Raises `UsageError` in one line.
     """
     values = recipe.model_dump(exclude_none=True)
     train = values["train"]
@@ -46,7 +47,7 @@ def change_recipe(
         values["model"]["num_classes"] = num_classes
     if weights is not None:
         values["model"]["encoder"]["weights"] = weights
-    protocol = {"mode": mode, "scales": scales, "flip": flip}
+    protocol = {"mode": mode, "scales": scales, "flip": flip, "key_stride": key_stride}
     schedule = {"iterations": iterations, "batch_size": batch_size, "seed": seed, "precision": precision}
     train.update({key: value for key, value in schedule.items() if value is not None})
     values["evaluate"].update({key: value for key, value in protocol.items() if value is not None})

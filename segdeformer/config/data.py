@@ -107,6 +107,8 @@ class EvalConfig(Strict):
     multiple_of: round the resized size up to this multiple (SegFormer's own code: 32).
     window, stride: (height, width) in px of the sliding window, for mode `slide`.
     scales, flip: more than one scale, or flip, averages softmax over all of them.
+    key_stride: attention takes means of blocks of so many pixels squared for its keys and values, an
+        approximation; 1: all keys. None: as the model was trained.
     """
 
     mode: EvalMode = "whole"
@@ -116,6 +118,7 @@ class EvalConfig(Strict):
     stride: SizeHW = (512, 512)
     scales: Annotated[tuple[PositiveFloat, ...], Field(strict=False, min_length=1)] = (1.0,)
     flip: bool = False
+    key_stride: Positive | None = None
 
     @model_validator(mode="after")
     def _windows_leave_no_gap(self) -> EvalConfig:

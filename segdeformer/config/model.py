@@ -19,6 +19,8 @@ from segdeformer.config.fields import (
 )
 
 Projection = Literal["affine", "conv_bn_relu"]
+Start = Literal["unit", "small"]
+ReductionBy = Literal["conv", "mean"]
 DEFAULT_MOMENTUM = 0.1
 
 
@@ -186,13 +188,27 @@ class ExternalConfig(Strict):
 class ContextConfig(Strict):
     """What SegDeformer adds to the fused map. Leave the table out for plain SegFormer.
 
-    reduction: keys and values of Eqs. 5 and 7 come from an R x R convolution of stride R.
+    start: of the linear projections and class tokens. `unit`: N(0, 1/C) and N(0, 1), so that scores have a
+        spread from the first step on; the default of `affine`. `small`: trunc-normal 0.02, the released
+        code's, whose BatchNorms make up for it; the default of `conv_bn_relu`.
+    reduction: keys and values of Eqs. 5 and 7 are of R x R blocks of pixels.
+    reduction_by: `conv`, an R x R convolution of stride R (Section 3.4), or `mean`, which has no parameters:
+        a model trained with all keys goes on with few, and the other way round.
     """
 
     projection: Projection = "affine"
+    start: Start = "unit"
     reduction: Positive = 1
+    reduction_by: ReductionBy = "conv"
     internal: InternalConfig | None = None
     external: ExternalConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _batch_norms_wake_a_small_start(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("projection") == "conv_bn_relu":
+            return {"start": "small"} | values
+        return values
 
     @model_validator(mode="after")
     def _something_is_mined(self) -> ContextConfig:

@@ -14,7 +14,7 @@ import numpy as np
 from segdeformer.config import IGNORE_INDEX
 from segdeformer.data import landcover
 from segdeformer.data.classes import ClassTable, default_colors, load_classes
-from segdeformer.data.landcover.blocks import Tile, cut, sample_window, val_tiles
+from segdeformer.data.landcover.blocks import cut, sample_window, val_tiles
 from segdeformer.data.samples import Sample, identity_map
 from segdeformer.errors import UserError
 
@@ -44,14 +44,13 @@ class LandcoverDataset:
     def read(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        tile = _window(index) if self.split == "train" else val_tiles()[index]
+        if self.split == "train":
+            rng = np.random.Generator(np.random.Philox(key=[WINDOW_KEY, index]))
+            tile = sample_window(rng, size_px=WINDOW_PX)
+        else:
+            tile = val_tiles()[index]
         image_HW3, labels_HW = cut(tile)
         return Sample(image_HW3, labels_HW, f"row{tile.top:04}_column{tile.left:04}")
-
-
-def _window(index: int) -> Tile:
-    rng = np.random.Generator(np.random.Philox(key=[WINDOW_KEY, index]))
-    return sample_window(rng, size_px=WINDOW_PX)
 
 
 class SyntheticDataset:

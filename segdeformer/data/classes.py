@@ -69,13 +69,15 @@ def _colors(value: Any, num_classes: int, path: Path) -> tuple[Color, ...]:
         count = len(value) if isinstance(value, list) else 0
         raise UserError(f"{path}: `colors` has {count} entries for {num_classes} names; it may be left out")
     for index, color in enumerate(value):
-        if not isinstance(color, list) or len(color) != 3 or not all(_is_level(level) for level in color):
+        if not is_color(color):
             raise UserError(f"{path}: `colors[{index}]` is {color!r}; it must be [r, g, b], each 0 to 255")
     return tuple((red, green, blue) for red, green, blue in value)
 
 
-def _is_level(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= 255
+def is_color(value: Any) -> bool:
+    """Whether it is a list of three levels of 0 to 255."""
+    is_triple = isinstance(value, list | tuple) and len(value) == 3
+    return is_triple and all(type(level) is int and 0 <= level <= 255 for level in value)
 
 
 def default_colors(num_classes: int) -> tuple[Color, ...]:

@@ -110,6 +110,9 @@ COCO_STUFF_MAP: LabelMap = {IGNORE_INDEX: IGNORE_INDEX} | {
 }
 
 
+FoundLabels = tuple[Layout, LabelMap | None]  # None: what they mean is in no table
+
+
 class Source(NamedTuple):
     """Where a split's files lie, and what the ids in them mean."""
 
@@ -186,7 +189,7 @@ def find_source(config: DataConfig, split: Literal["train", "val"]) -> Source:
     if config.name == "folder":
         layout = Layout(root, f"images/{folder}", IMAGE_ENDINGS, f"labels/{folder}", (".png",))
         return Source(layout, Path(config.classes) if config.classes else root / "classes.toml", None)
-    layout, label_map = _PUBLISHED[config.name](root, folder)
+    layout, label_map = PUBLISHED[config.name](root, folder)
     return Source(layout, CLASS_TABLES / f"{config.name}.toml", label_map)
 
 
@@ -214,31 +217,31 @@ def parse_data_spec(text: str) -> DataConfig:
     raise UsageError(f"--data {text}: neither a data set nor a folder; {remedy}")
 
 
-def _ade20k(root: Path, split: str) -> tuple[Layout, LabelMap]:
+def _ade20k(root: Path, split: str) -> FoundLabels:
     folder = {"train": "training", "val": "validation"}.get(split, split)
     return Layout(root, f"images/{folder}", (".jpg",), f"annotations/{folder}", (".png",)), ADE20K_MAP
 
 
-def _cityscapes(root: Path, split: str) -> tuple[Layout, LabelMap]:
+def _cityscapes(root: Path, split: str) -> FoundLabels:
     ids, train_ids = ("_gtFine_labelIds.png", CITYSCAPES_MAP), ("_gtFine_labelTrainIds.png", identity_map(19))
-    return _with_labels(root, f"leftImg8bit/{split}", "_leftImg8bit.png", f"gtFine/{split}", train_ids, ids)
+    return with_labels(root, f"leftImg8bit/{split}", "_leftImg8bit.png", f"gtFine/{split}", train_ids, ids)
 
 
-def _coco_stuff(root: Path, split: str) -> tuple[Layout, LabelMap]:
+def _coco_stuff(root: Path, split: str) -> FoundLabels:
     ids, train_ids = (".png", COCO_STUFF_MAP), ("_labelTrainIds.png", identity_map(171))
-    return _with_labels(root, f"images/{split}2017", ".jpg", f"annotations/{split}2017", train_ids, ids)
+    return with_labels(root, f"images/{split}2017", ".jpg", f"annotations/{split}2017", train_ids, ids)
 
 
-def _with_labels(
-    root: Path, images: str, ending: str, labels: str, *formats: tuple[str, LabelMap]
-) -> tuple[Layout, LabelMap]:
+def with_labels(
+    root: Path, images: str, ending: str, labels: str, *formats: tuple[str, LabelMap | None]
+) -> FoundLabels:
     """With the first of the formats (ending, meaning) that has a file, else the last."""
     there = [known for known in formats if list_files(root / labels, (known[0],)).found]
     label_ending, label_map = (there or formats[-1:])[0]
     return Layout(root, images, (ending,), labels, (label_ending,)), label_map
 
 
-_PUBLISHED: dict[str, Callable[[Path, str], tuple[Layout, LabelMap]]] = {
+PUBLISHED: dict[str, Callable[[Path, str], FoundLabels]] = {
     "ade20k": _ade20k,
     "cityscapes": _cityscapes,
     "coco_stuff": _coco_stuff,

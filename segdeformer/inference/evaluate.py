@@ -136,17 +136,17 @@ def evaluate_images(
         raise UserError(f"{data.name}: the {dataset.split} split has no images to evaluate")
     model.eval()
     tally.move(runtime.device)
-    with closing(_read_ahead(dataset, runtime.processes.own_indices(len(dataset)))) as samples:
+    with closing(read_ahead(dataset, runtime.processes.own_indices(len(dataset)))) as samples:
         for sample in samples:
             views = make_views(model, sample.image_HW3, protocol, data, runtime.device)
             labels_HW = moved(torch.tensor(sample.labels_HW), runtime.device)
             with torch.inference_mode():
-                predicted_HW = _add_image(tally, views, labels_HW, runtime.impl)
+                predicted_HW = add_image(tally, views, labels_HW, runtime.impl)
             tally.num_images += 1
             yield ImageResult(sample, predicted_HW)
 
 
-def _add_image(tally: Tally, views: list[View], labels_HW: torch.Tensor, impl: Impl) -> torch.Tensor:
+def add_image(tally: Tally, views: list[View], labels_HW: torch.Tensor, impl: Impl) -> torch.Tensor:
     """Add an image to the tally and return its class ids, uint8; a GPU is not waited for."""
     logits_1Khw = fused_map(views, impl)
     if logits_1Khw is not None:
@@ -172,8 +172,8 @@ def _add_image(tally: Tally, views: list[View], labels_HW: torch.Tensor, impl: I
     return predicted_HW
 
 
-def _read_ahead(dataset: Dataset, indices: Iterable[int]) -> Generator[Sample, None, None]:
-    """The samples of these indices in order, the next few already being read."""
+def read_ahead(dataset: Dataset, indices: Iterable[int]) -> Generator[Sample, None, None]:
+    """The samples of these indices in order, the next few already being read; raises what reading raises."""
     with ThreadPoolExecutor(READERS) as pool:
         waiting: deque[Future[Sample]] = deque()
         try:
@@ -221,8 +221,14 @@ def protocol_notes(protocol: EvalConfig) -> str:
     several = (
         "softmax is averaged over scales and flip; " if protocol.flip or len(protocol.scales) > 1 else ""
     )
+    few = (
+        f"attention is approximated: keys and values are means of {protocol.key_stride} x "
+        f"{protocol.key_stride} pixels of the decoder's map; "
+        if protocol.key_stride is not None and protocol.key_stride > 1
+        else ""
+    )
     return (
-        f"{path}; every resize is bilinear with align_corners=False; {several}"
+        f"{few}{path}; every resize is bilinear with align_corners=False; {several}"
         "sums over the whole data set, nan-mean over classes; label 255 is ignored"
     )
 

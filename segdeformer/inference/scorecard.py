@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from pathlib import Path
 
@@ -10,10 +9,15 @@ import torch
 
 from segdeformer.config import DataConfig, EvalConfig
 from segdeformer.data.samples import LabelMap
-from segdeformer.files import write_text
+from segdeformer.files import write_json
 from segdeformer.inference.evaluate import Report, protocol_notes, report_values
 from segdeformer.version import __version__
 from segdeformer.weights.checkpoint import Checkpoint, file_sha256
+
+
+def versions() -> dict[str, str]:
+    """What a score was made with."""
+    return {"segdeformer": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def write_scorecard(
@@ -24,8 +28,9 @@ def write_scorecard(
     data: DataConfig,
     label_map: LabelMap,
     checkpoint: Checkpoint,
+    **more: object,
 ) -> None:
-    """Write scores, protocol, data, the checkpoint's hash and versions to a JSON file."""
+    """Write scores, protocol, data, the checkpoint's hash and versions, and what more is given, as JSON."""
     values = {
         "scores": report_values(report),
         "protocol": {**protocol.model_dump(mode="json"), "notes": protocol_notes(protocol)},
@@ -38,10 +43,7 @@ def write_scorecard(
             "iteration": checkpoint.iteration,
             "license": checkpoint.license,
         },
-        "versions": {
-            "segdeformer": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
+        **more,
     }
-    write_text(path, json.dumps(values, indent=2) + "\n")
+    write_json(path, values)

@@ -21,6 +21,7 @@ from segdeformer.config import DataConfig, EvalConfig
 from segdeformer.data.transforms import normalise, resize_for_eval
 from segdeformer.kernels.impl import Impl, choose_upsampling
 from segdeformer.kernels.upsample.rows import mix_rows, source_range, source_rows, strip_rows
+from segdeformer.models.few_keys import key_stride_set
 from segdeformer.runtime.device import explained_shortage, moved
 
 
@@ -44,6 +45,11 @@ class View(Protocol):
 
     @property
     def num_classes(self) -> int: ...
+    @property
+    def map_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of the decoder's map in each pass through the model."""
+        ...
+
     def rows(self, top: int, bottom: int) -> Tensor:
         """Logits of output rows [top, bottom), (K, r, W) float32."""
         ...
@@ -55,11 +61,16 @@ class WholeView:
     def __init__(self, logits_1Khw: Tensor, size: tuple[int, int]) -> None:
         self.logits_1Khw = logits_1Khw
         self.num_classes = logits_1Khw.shape[1]
+        self.map_sizes = [_map_size(logits_1Khw)]
         self.source = source_rows(logits_1Khw.shape[2], size[0], device=logits_1Khw.device)
         self.size = size
 
     def rows(self, top: int, bottom: int) -> Tensor:
         return mix_rows(self.logits_1Khw, self.source.between(top, bottom), self.size[1])[0]
+
+
+def _map_size(logits_1Khw: Tensor) -> tuple[int, int]:
+    return logits_1Khw.shape[2], logits_1Khw.shape[3]
 
 
 class Window(NamedTuple):
@@ -80,6 +91,7 @@ class SlidingView:
         self.size = size
         window, logits_1Khw = windows[0]  # all windows are as large
         self.num_classes = logits_1Khw.shape[1]
+        self.map_sizes = [_map_size(logits) for _, logits in windows]
         self.source_of_window = source_rows(logits_1Khw.shape[2], window.height, device=logits_1Khw.device)
         self.source = source_rows(resized[0], size[0], device=logits_1Khw.device)
 
@@ -110,6 +122,7 @@ class MirroredView:
     def __init__(self, view: View) -> None:
         self.view = view
         self.num_classes = view.num_classes
+        self.map_sizes = view.map_sizes
 
     def rows(self, top: int, bottom: int) -> Tensor:
         return self.view.rows(top, bottom).flip(-1)
@@ -136,15 +149,19 @@ def make_views(
     data: DataConfig,
     device: torch.device,
 ) -> list[View]:
-    """Every scale and orientation of a protocol through the model, which must be in eval mode."""
+    """Every scale and orientation of a protocol through the model, which must be in eval mode.
+
+    Raises `UsageError` for a key stride that the model cannot have.
+    """
     height, width = image_HW3.shape[:2]
     views: list[View] = []
-    for scale in protocol.scales:
-        scaled_HW3 = resize_for_eval(image_HW3, protocol, scale=scale)
-        for mirrored in (False, True) if protocol.flip else (False,):
-            oriented = scaled_HW3[:, ::-1] if mirrored else scaled_HW3
-            view = _view(model, oriented, (height, width), protocol, data, device)
-            views.append(MirroredView(view) if mirrored else view)
+    with key_stride_set(model, protocol.key_stride):
+        for scale in protocol.scales:
+            scaled_HW3 = resize_for_eval(image_HW3, protocol, scale=scale)
+            for mirrored in (False, True) if protocol.flip else (False,):
+                oriented = scaled_HW3[:, ::-1] if mirrored else scaled_HW3
+                view = _view(model, oriented, (height, width), protocol, data, device)
+                views.append(MirroredView(view) if mirrored else view)
     return views
 
 

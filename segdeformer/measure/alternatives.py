@@ -15,6 +15,7 @@ from segdeformer.errors import UsageError
 from segdeformer.kernels.impl import Impl, check_impl
 from segdeformer.kernels.upsample import upsample_argmax
 from segdeformer.models.context import ExternalAttention, ExternalForm
+from segdeformer.models.few_keys import set_key_stride
 from segdeformer.models.segmenter import Segmenter
 from segdeformer.models.skeleton import without_weights
 from segdeformer.weights.build import build_model
@@ -22,19 +23,21 @@ from segdeformer.weights.checkpoint import find_checkpoint, load, read_checkpoin
 
 DtypeName = Literal["float32", "float16", "bfloat16"]
 CHANGES = (
-    "impl=NAME, form=plain, form=low_rank, dtype=NAME, fold, no-fold, compile, no-compile, cuda-graphs, "
-    "no-cuda-graphs, channels-last, no-channels-last"
+    "key-stride=N, impl=NAME, form=plain, form=low_rank, dtype=NAME, fold, no-fold, compile, no-compile, "
+    "cuda-graphs, no-cuda-graphs, channels-last, no-channels-last"
 )
 SWITCHES = ("fold", "compile", "cuda-graphs", "channels-last")
-VALUES = ("impl", "form", "dtype")
+VALUES = ("key-stride", "impl", "form", "dtype")
 
 
 class Setting(NamedTuple):
-    """How a model runs; none of it changes results beyond rounding.
+    """How a model runs; none of it but the key stride changes results beyond rounding.
 
+    key_stride: see `models.few_keys`; None: as it was saved or trained.
     form: of Eq. 7, `low_rank` or `plain` as printed, for models that are not folded.
     """
 
+    key_stride: int | None = None
     impl: Impl = "auto"
     form: ExternalForm = "low_rank"
     dtype: DtypeName = "float32"
@@ -115,6 +118,10 @@ def changed(setting: Setting, change: str) -> Setting:
     allowed = {"form": get_args(ExternalForm), "dtype": get_args(DtypeName)}.get(name)
     if allowed and value not in allowed:
         raise UsageError(f"`{change}`: expected one of {', '.join(allowed)}")
+    if name == "key-stride":
+        if not value.isdecimal() or int(value) < 1:
+            raise UsageError(f"`{change}`: expected a whole number from 1 on")
+        return setting._replace(key_stride=int(value))
     return setting._replace(**cast(Any, {name: value}))
 
 
@@ -174,6 +181,11 @@ def build(alternative: Alternative, device: torch.device) -> Built:
                 module.low_rank = False
     if setting.fold and obstacle:
         raise UsageError(f"{alternative.label}: it cannot be folded: {obstacle}; leave out fold")
+    if setting.key_stride is not None:
+        try:
+            set_key_stride(model, setting.key_stride)
+        except UsageError as error:
+            raise UsageError(f"{alternative.label}: {error}") from None
     if setting.fold is False or obstacle:
         folding = f"not folded: {obstacle}" if obstacle else "not folded"
     else:

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from segdeformer.config import ModelConfig
-from segdeformer.measure.parts import Split, metered, split_of
+from segdeformer.measure.speed import Split, metered, split_of
 from segdeformer.models.fusion import MLPFusion
 from segdeformer.models.segmenter import Segmenter
 from segdeformer.models.skeleton import build_skeleton

@@ -19,17 +19,25 @@ from segdeformer.measure.implementation import settle_impl
 from segdeformer.measure.machine import Machine, this_machine
 from segdeformer.measure.memory import Memory, measure_memory
 from segdeformer.measure.parameters import count_recipe
-from segdeformer.measure.parts import Split
-from segdeformer.measure.speed import SPLIT_PASSES, Latency, Length, alternating_ms, latency, split_ms
+from segdeformer.measure.speed import SPLIT_PASSES, Latency, Length, Split, alternating_ms, latency, split_ms
 from segdeformer.models.skeleton import without_weights
 from segdeformer.paper.figures import PaperSpeed, paper_speeds
 from segdeformer.runtime import Runtime
 from segdeformer.runtime.device import explained_shortage
 
-# Table 7's, with which the paper makes its point.
-TRIO = ("ade20k-segformer-b2", "ade20k-segdeformer-b2", "ade20k-segdeformer-b2-efficient")
-SIZE_ON_GPU, SIZE_ON_CPU = (512, 512), (256, 256)
+# Table 7's, with which the paper makes its point, and the full model with few keys.
+DEFAULTS = (
+    "ade20k-segformer-b2",
+    "ade20k-segdeformer-b2",
+    "ade20k-segdeformer-b2-efficient",
+    "ade20k-segdeformer-b2,key-stride=4",
+)
 LESS = "take fewer models, or a smaller --size or --batch"
+
+
+def default_size(device: torch.device) -> tuple[int, int]:
+    """(height, width) of images that a device passes in reasonable time."""
+    return (256, 256) if device.type == "cpu" else (512, 512)
 
 
 class Options(NamedTuple):
@@ -105,16 +113,12 @@ def compare(
             models.append(build(alternative, device))
     for built in models:
         _settle_auto(built, options, tell)
-    memories: list[Memory | None] = []
-    for built in models:
-        say(f"memory of {built.alternative.label}")
-        memories.append(_memory(built, options) if options.memory else None)
+    memories = [_memory(built, options, say) for built in models]
     times_ms = _times(models, options, device, say)
     measured = []
     for built, memory in zip(models, memories, strict=True):
-        label = built.alternative.label
-        say(f"parts of {label}")
-        measured.append(_measured(built, times_ms[label], memory, options))
+        say(f"parts of {built.alternative.label}")
+        measured.append(_measured(built, times_ms[built.alternative.label], memory, options))
     return Comparison(machine, str(device), options, measured)
 
 
@@ -138,7 +142,10 @@ def _settle_auto(built: Built, options: Options, tell: Callable[[str], None]) ->
     settle_impl(Runtime(built.device, setting.impl), find_calls, about=about, say=tell)
 
 
-def _memory(built: Built, options: Options) -> Memory:
+def _memory(built: Built, options: Options, say: Callable[[str], None]) -> Memory | None:
+    say(f"memory of {built.alternative.label}")
+    if not options.memory:
+        return None
     with _explained(built.alternative.label):
         return measure_memory(built, batch=options.batch, size=options.size, argmax=options.argmax)
 
@@ -157,14 +164,11 @@ def _times(
             for _ in range(options.warmup):
                 runs[label]()
             synchronize(device)
-    times_ms: dict[str, list[float]] = {label: [] for label in runs}
-    for number, round_ms in enumerate(
-        alternating_ms(runs, length=options.length, wait=partial(synchronize, device)), start=1
-    ):
-        for label, ms in round_ms.items():
-            times_ms[label].append(ms)
-        say(f"round {number}: " + ", ".join(f"{ms:.1f}" for ms in round_ms.values()) + " ms")
-    return times_ms
+    rounds = []
+    for round_ms in alternating_ms(runs, length=options.length, wait=partial(synchronize, device)):
+        rounds.append(round_ms)
+        say(f"round {len(rounds)}: " + ", ".join(f"{ms:.1f}" for ms in round_ms.values()) + " ms")
+    return {label: [round_ms[label] for round_ms in rounds] for label in runs}
 
 
 @contextmanager

@@ -154,7 +154,8 @@ def _settled(
         results = _compare(comparisons, device)
         verdicts = [_verdict(comparison, results.get(comparison)) for comparison in comparisons]
         rows = [verdict.row for verdict in verdicts if verdict.row is not None]
-        say(f"auto: {_summary(verdicts)}")
+        sides = [(side, [v.words for v in verdicts if v.winner == side]) for side in ("triton", "PyTorch")]
+        say("auto: " + "; ".join(f"{side} for {', '.join(names)}" for side, names in sides if names))
     problem = file.add(rows, digest if len(rows) == len(comparisons) else None)
     if problem is not None:
         say(f"auto: this is not kept for the next time ({problem})")
@@ -206,30 +207,22 @@ def _compare(comparisons: Sequence[Comparison], device: torch.device) -> dict[Co
 class _Verdict(NamedTuple):
     """What came of a comparison. row: as it is kept; None if it is to be run again the next time."""
 
-    by_triton: bool
+    winner: str
     words: str
     row: dict[str, Any] | None
 
 
 def _verdict(comparison: Comparison, compared: Compared | None) -> _Verdict:
-    name = comparison.label
+    name, theirs = comparison.label, "PyTorch"
     if compared is None:
-        return _Verdict(False, f"{name} (not compared: no time left)", None)
+        return _Verdict(theirs, f"{name} (not compared: no time left)", None)
     choice, refusals = compared.choice, compared.refusals
     if not refusals and choice is not None:
-        times = f"{choice.triton_ms:.3g} ms to {choice.alternative_ms:.3g}"
-        return _Verdict(choice.triton_wins, f"{name} ({times})", choice.row())
+        words = f"{name} ({choice.triton_ms:.3g} ms to {choice.alternative_ms:.3g})"
+        return _Verdict("triton" if choice.triton_wins else theirs, words, choice.row())
     side, reason = next(iter(refusals.items()))
-    words = f"{name} ({side}: {reason})"
-    if side != "triton":
-        return _Verdict(False, words, None)
-    lost = choice or Choice(*comparison.key, triton_ms=math.inf, alternative_ms=math.inf)
-    return _Verdict(False, words, lost.row() | {"reason": reason})
-
-
-def _summary(verdicts: Sequence[_Verdict]) -> str:
-    ours = ", ".join(verdict.words for verdict in verdicts if verdict.by_triton)
-    theirs = ", ".join(verdict.words for verdict in verdicts if not verdict.by_triton)
-    return "; ".join(
-        f"{side} for {names}" for side, names in (("triton", ours), ("PyTorch", theirs)) if names
-    )
+    row = None
+    if side == "triton":
+        lost = choice or Choice(*comparison.key, triton_ms=math.inf, alternative_ms=math.inf)
+        row = lost.row() | {"reason": reason}
+    return _Verdict(theirs, f"{name} ({side}: {reason})", row)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from segdeformer.commit import commit
+from segdeformer.data.parallel import num_cores
 
 BUSY_LOAD = 0.3  # of a core taken by others; more distorts times
 
@@ -53,9 +54,8 @@ def this_machine(device: torch.device, *packages: str) -> Machine:
 
 def _cpu_name() -> str:
     """The processor's name and how many cores this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     about = Path("/proc/cpuinfo")
     lines = about.read_text("utf-8").splitlines() if about.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {cores} cores"
+    return f"{name}, {num_cores()} cores"

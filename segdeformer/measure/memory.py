@@ -9,15 +9,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from segdeformer.errors import UserError
 from segdeformer.kernels.tuning.clock import synchronize
 from segdeformer.measure.alternatives import Alternative, Built, Setting, build, make_run, random_images
-from segdeformer.models.segmenter import Segmenter
 from segdeformer.runtime.command import own_command, own_environment
 from segdeformer.runtime.device import held_memory_mib, peak_memory_mib, restart_peak_memory
 
@@ -83,24 +82,20 @@ def measure_memory(built: Built, *, batch: int, size: tuple[int, int], argmax: b
     return Memory(*in_own_process(__name__, spec, hint="; take a smaller --size, or --no-memory"))
 
 
-def model_mib(model: Segmenter) -> float:
-    """Weights and buffers."""
-    tensors = chain(model.parameters(), model.buffers())
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
-
-
 @torch.inference_mode()
 def _of_pass(built: Built, batch: int, size: tuple[int, int], argmax: bool) -> Memory:
-    images_B3HW = random_images(built, batch, size)
+    images_B3HW, on_gpu = random_images(built, batch, size), built.device.type == "cuda"
     run = make_run(built, images_B3HW, argmax=argmax)
-    if built.device.type == "cuda":
-        run()  # libraries allocate what they keep
-        extra_mib = peak_mib(run, built.device).extra
-        images_mib = images_B3HW.numel() * images_B3HW.element_size() / 2**20
-        return Memory(model_mib(built.model), extra_mib, model_mib(built.model) + images_mib + extra_mib)
-    make_run(built, random_images(built, 1, (WARM_UP_PX, WARM_UP_PX)), argmax=argmax)()
+    # An earlier pass, in which libraries allocate what they keep; on a CPU its own memory would count, too.
+    small = images_B3HW if on_gpu else random_images(built, 1, (WARM_UP_PX, WARM_UP_PX))
+    make_run(built, small, argmax=argmax)()
     peak = peak_mib(run, built.device)
-    return Memory(model_mib(built.model), peak.extra, peak.peak)
+    model_mib = _mib(*built.model.parameters(), *built.model.buffers())
+    return Memory(model_mib, peak.extra, model_mib + _mib(images_B3HW) + peak.extra if on_gpu else peak.peak)
+
+
+def _mib(*tensors: Tensor) -> float:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
 
 
 def main() -> None:

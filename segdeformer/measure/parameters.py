@@ -59,16 +59,11 @@ def count_parameters(model: Segmenter) -> PartCounts:
     """Parameters by part; shared ones count once."""
     counts = dict.fromkeys(PartCounts._fields, 0)
     for name, parameter in model.named_parameters():
-        counts[_part_of(name)] += parameter.numel()
+        part, inner, *_ = name.split(".")
+        if part == "decoder":
+            part = inner if inner in ("fusion", "head") else "context"
+        counts[part] += parameter.numel()
     return PartCounts(**counts)
-
-
-def _part_of(parameter: str) -> str:
-    top, _, rest = parameter.partition(".")
-    if top != "decoder":
-        return top
-    part = rest.partition(".")[0]
-    return part if part in ("fusion", "head") else "context"
 
 
 def count_recipe(recipe: Recipe) -> PartCounts:
@@ -81,19 +76,14 @@ def count_recipe(recipe: Recipe) -> PartCounts:
 
 def count_paper() -> list[CountedRow]:
     """Every model row of Tables 1, 7 and 8, in their order; one for each recipe of a row."""
-    found: dict[str, PartCounts | str] = {}
-    rows = []
-    for row in params_rows():
-        if row.recipe is None:
-            rows.append(compared(row, "no recipe"))
-            continue
-        if row.recipe not in found:
-            found[row.recipe] = _counts_or_obstacle(row.recipe)
-        rows.append(compared(row, found[row.recipe]))
-    return rows
+    rows = params_rows()
+    found = {name: _counts_or_obstacle(name) for name in dict.fromkeys(row.recipe for row in rows)}
+    return [compared(row, found[row.recipe]) for row in rows]
 
 
-def _counts_or_obstacle(recipe: str) -> PartCounts | str:
+def _counts_or_obstacle(recipe: str | None) -> PartCounts | str:
+    if recipe is None:
+        return "no recipe"
     try:
         return count_recipe(load_recipe(recipe))
     except UserError as error:
@@ -105,10 +95,8 @@ def compared(row: ParamsRow, found: PartCounts | str) -> CountedRow:
     allowed = SEGDEFORMER_PERCENT if row.is_segdeformer else BASELINE_PERCENT
     if isinstance(found, str):
         return CountedRow(row, None, None, None, allowed, found)
-    to_printed = _percent_off(found.total, row.params_millions)
-    to_measured = _percent_off(found.total, row.measured_millions)
+    to_printed, to_measured = (
+        None if millions is None else 100 * (found.total / (1e6 * millions) - 1)
+        for millions in (row.params_millions, row.measured_millions)
+    )
     return CountedRow(row, found, to_printed, to_measured, allowed, "")
-
-
-def _percent_off(count: int, millions: float | None) -> float | None:
-    return None if millions is None else 100 * (count / (1e6 * millions) - 1)

@@ -6,21 +6,25 @@ Two projection styles: `affine` is the paper's equations, `conv_bn_relu` the aut
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segdeformer.config import ContextConfig, Projection
 from segdeformer.kernels.attention import attention
 from segdeformer.kernels.external_attention import external_attention
 from segdeformer.kernels.impl import Impl
+from segdeformer.models.few_keys import block_bias, block_means
 from segdeformer.models.layers import TokenConvBNReLU, Tokens, initialise_decoder, keys_of, tokens_of
 from segdeformer.models.momentum import MomentumTokens
 
+if TYPE_CHECKING:  # modules need no recipe
+    from segdeformer.config import ContextConfig, Projection, ReductionBy
+
 ExternalForm = Literal["low_rank", "plain"]
 MLP_RATIO = 4
+SMALL = 0.02  # standard deviation
 
 
 class ExternalContext(NamedTuple):
@@ -60,9 +64,17 @@ class InternalAttention(nn.Module):
     """Y_int of Eq. 5: every pixel attends to every pixel (or to the reduced ones)."""
 
     def __init__(
-        self, width: int, *, heads: int, projection: Projection, reduction: int, impl: Impl = "auto"
+        self,
+        width: int,
+        *,
+        heads: int,
+        projection: Projection,
+        reduction: int,
+        reduction_by: ReductionBy = "conv",
+        impl: Impl = "auto",
     ) -> None:
         super().__init__()
+        self.key_stride = self.trained_key_stride = reduction if reduction_by == "mean" else 1
         self.heads = heads
         self.impl: Impl = impl
         self.scale = (width // heads) ** -0.5
@@ -70,28 +82,53 @@ class InternalAttention(nn.Module):
         self.key = _projection(projection, width)
         self.value = _projection(projection, width)
         self.output = _output_projection(projection, width)
-        self.reduce = Reduce(width, width, reduction) if reduction > 1 else None
+        self.reduce = Reduce(width, width, reduction) if reduction > 1 and reduction_by == "conv" else None
 
     def forward(self, tokens: Tokens) -> Tensor:
         pixels_BNC = tokens.pixels_BNC
         sources_BMC = self.reduce(tokens) if self.reduce else pixels_BNC
-        queries, keys = self.query(pixels_BNC), keys_of(self.key, sources_BMC)
+        queries = self.query(pixels_BNC)
+        keys, values, bias_M = few_keys(self.key, self.value, sources_BMC, tokens, self.key_stride)
         mixed_BNC = multi_head_attention(
-            queries, keys, self.value(sources_BMC), heads=self.heads, scale=self.scale, impl=self.impl
+            queries, keys, values, heads=self.heads, scale=self.scale, bias_M=bias_M, impl=self.impl
         )
         return self.output(mixed_BNC)
 
 
+def few_keys(
+    key: nn.Module, value: nn.Module, sources_BMC: Tensor, tokens: Tokens, stride: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values of the sources, or their means over blocks, and the blocks' bias.
+
+    Means are taken before a linear projection, which gives the same for r^2 less work, and after another.
+    """
+    if stride == 1:
+        return keys_of(key, sources_BMC), value(sources_BMC), None
+    bias_M = block_bias(tokens, stride)
+    if isinstance(key, nn.Linear):
+        means_BMC = block_means(sources_BMC, tokens, stride)
+        return keys_of(key, means_BMC), value(means_BMC), bias_M
+    keys, values = (block_means(projected(sources_BMC), tokens, stride) for projected in (key, value))
+    return keys, values, bias_M
+
+
 def multi_head_attention(
-    queries_BNC: Tensor, keys_BMC: Tensor, values_BME: Tensor, *, heads: int, scale: float, impl: Impl
+    queries_BNC: Tensor,
+    keys_BMC: Tensor,
+    values_BME: Tensor,
+    *,
+    heads: int,
+    scale: float,
+    bias_M: Tensor | None = None,
+    impl: Impl,
 ) -> Tensor:
     """Attention with heads in the batch, (B * heads, N, C / heads); returns (B, N, E)."""
     if heads == 1:
-        return attention(queries_BNC, keys_BMC, values_BME, scale=scale, impl=impl)
+        return attention(queries_BNC, keys_BMC, values_BME, scale=scale, bias_M=bias_M, impl=impl)
     split = [
         x.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1) for x in (queries_BNC, keys_BMC, values_BME)
     ]
-    mixed = attention(*split, scale=scale, impl=impl)
+    mixed = attention(*split, scale=scale, bias_M=bias_M, impl=impl)
     return mixed.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
 
 
@@ -130,7 +167,7 @@ class ClassTokens(nn.Module):
         self.info_KC = nn.Parameter(torch.empty(num_classes, width))
         self.class_KC = nn.Parameter(torch.empty(num_classes, width)) if decouple else None
         for table in self.parameters():
-            nn.init.trunc_normal_(table, std=0.02)
+            nn.init.trunc_normal_(table, std=SMALL)
 
     def tables(self) -> tuple[Tensor, Tensor]:
         """(info, class), each (K, C)."""
@@ -155,13 +192,17 @@ class ExternalAttention(nn.Module):
         second_stage: bool,
         projection: Projection,
         reduction: int,
+        reduction_by: ReductionBy = "conv",
         impl: Impl = "auto",
         form: ExternalForm = "low_rank",
     ) -> None:
         super().__init__()
+        by_conv = second_stage and reduction > 1 and reduction_by == "conv"
+        if second_stage:
+            self.key_stride = self.trained_key_stride = reduction if reduction_by == "mean" else 1
         self.scale = width**-0.5
         self.impl: Impl = impl
-        self.low_rank = form == "low_rank" and projection == "affine" and reduction == 1
+        self.low_rank = form == "low_rank" and projection == "affine" and not by_conv
         self.second_stage = second_stage
         self.tokens = tokens
         self.middle_query = nn.Linear(width, width)
@@ -173,7 +214,7 @@ class ExternalAttention(nn.Module):
             self.key = _projection(projection, width)
             self.value = _projection(projection, width)
             self.output = _output_projection(projection, width)
-        self.reduce = Reduce(width, width, reduction) if second_stage and reduction > 1 else None
+        self.reduce = Reduce(width, width, reduction) if by_conv else None
 
     def forward(self, tokens: Tokens) -> ExternalContext:
         info_KC, class_KC = self.tokens.tables()
@@ -183,7 +224,7 @@ class ExternalAttention(nn.Module):
         class_logits_BNK = class_logits_BNK.to(torch.promote_types(class_logits_BNK.dtype, torch.float32))
         if self.second_stage and self.low_rank:
             return ExternalContext(
-                self._second_low_rank(tokens.pixels_BNC, class_logits_BNK, prototypes_KC), class_logits_BNK
+                self._second_low_rank(tokens, class_logits_BNK, prototypes_KC), class_logits_BNK
             )
         mixtures_BNC = class_logits_BNK.softmax(dim=-1).to(prototypes_KC.dtype) @ prototypes_KC
         if not self.second_stage:
@@ -193,25 +234,39 @@ class ExternalAttention(nn.Module):
     def _second_plain(self, tokens: Tokens, mixtures_BNC: Tensor) -> Tensor:
         """Eq. 7 as printed."""
         sources_BMC = self.reduce(tokens._replace(pixels_BNC=mixtures_BNC)) if self.reduce else mixtures_BNC
+        keys, values, bias_M = few_keys(self.key, self.value, sources_BMC, tokens, self.key_stride)
         mixed_BNC = attention(
-            self.query(tokens.pixels_BNC),
-            self.key(sources_BMC),
-            self.value(sources_BMC),
-            scale=self.scale,
-            impl=self.impl,
+            self.query(tokens.pixels_BNC), keys, values, scale=self.scale, bias_M=bias_M, impl=self.impl
         )
         return self.output(mixed_BNC)
 
-    def _second_low_rank(self, pixels_BNC: Tensor, class_logits_BNK: Tensor, prototypes_KC: Tensor) -> Tensor:
+    def _second_low_rank(self, tokens: Tokens, class_logits_BNK: Tensor, prototypes_KC: Tensor) -> Tensor:
         """Eq. 7 through K x C keys and values: Z (G Wve) + bve, Z = softmax(Qe (G Wke)^T P^T) P."""
         assert isinstance(self.key, nn.Linear)
         assert isinstance(self.value, nn.Linear)
         keys_KC = prototypes_KC @ self.key.weight.T
         values_KC = prototypes_KC @ self.value.weight.T
-        scores_BNK = self.query(pixels_BNC) @ keys_KC.T
-        mixed_BNK = external_attention(scores_BNK, class_logits_BNK, scale=self.scale, impl=self.impl)
+        scores_BNK = self.query(tokens.pixels_BNC) @ keys_KC.T
+        mixed_BNK = few_mixtures_attention(
+            scores_BNK, class_logits_BNK, tokens, self.key_stride, scale=self.scale, impl=self.impl
+        )
         # The key's bias shifts whole rows of scores, so softmax ignores it: its gradient is 0, not absent.
         return F.linear(mixed_BNK, values_KC.T, self.value.bias + 0.0 * self.key.bias)
+
+
+def few_mixtures_attention(
+    scores_BNK: Tensor, class_logits_BNK: Tensor, tokens: Tokens, stride: int, *, scale: float, impl: Impl
+) -> Tensor:
+    """softmax(scale * Q~ P^T) P, (B, N, K), over all rows of P, or over means of blocks of them.
+
+    Means of convex weights are convex weights, so one tile still serves as keys and values.
+    """
+    if stride == 1:
+        return external_attention(scores_BNK, class_logits_BNK, scale=scale, impl=impl)
+    shares_BNK = class_logits_BNK.softmax(dim=-1).to(scores_BNK.dtype)
+    means_BMK = block_means(shares_BNK, tokens, stride)
+    bias_M = block_bias(tokens, stride)
+    return attention(scores_BNK, means_BMK, means_BMK, scale=scale, bias_M=bias_M, impl=impl)
 
 
 class Context(nn.Module):
@@ -256,6 +311,7 @@ def build_context(
                         heads=config.internal.heads,
                         projection=config.projection,
                         reduction=config.reduction,
+                        reduction_by=config.reduction_by,
                         impl=impl,
                     ),
                     width=width,
@@ -276,10 +332,29 @@ def build_context(
             second_stage=config.external.second_stage,
             projection=config.projection,
             reduction=config.reduction,
+            reduction_by=config.reduction_by,
             impl=impl,
             form=external_form,
         )
     supervised = config.external is not None and config.external.attention_loss
     context = Context(internal=internal, external=external, supervised=supervised)
     context.apply(initialise_decoder)
+    if config.start == "unit":
+        _start_at_unit_scale(context)
     return context
+
+
+def _start_at_unit_scale(context: Context) -> None:
+    """Linear projections N(0, 1/C), tokens N(0, 1): queries, keys and values are as large as their inputs.
+
+    From trunc-normal 0.02 all scores are near 0, attention is uniform, and the product of two small
+    projections hardly learns.
+    """
+    if context.external is not None:
+        for table in context.external.tokens.tables():
+            nn.init.normal_(table)
+    for module in context.modules():
+        if isinstance(module, InternalAttention | ExternalAttention):
+            for layer in module.children():
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=layer.in_features**-0.5)

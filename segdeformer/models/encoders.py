@@ -11,16 +11,18 @@ import difflib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segdeformer.config import EncoderConfig
 from segdeformer.errors import UsageError, UserError
 from segdeformer.models.mit import MIT_SIZES, MiT
 from segdeformer.models.own import build_own_encoder
 from segdeformer.plugins import is_path
+
+if TYPE_CHECKING:  # modules need no recipe
+    from segdeformer.config import EncoderConfig
 
 # timm marks these as of fixed input size, for their training; their code takes any size.
 ANY_SIZE_MODELS = {"MultiScaleVit", "SwiftFormer", "Twins", "VisionTransformerSAM", "Xcit"}

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from segdeformer.errors import UsageError
 from segdeformer.kernels.attention import attention
-from segdeformer.kernels.external_attention import external_attention
 from segdeformer.kernels.impl import Impl
 from segdeformer.models.batch_norms import fused_fusion
 from segdeformer.models.context import (
@@ -35,14 +34,17 @@ from segdeformer.models.context import (
     InternalAttention,
     InternalBlock,
     Reduce,
+    few_mixtures_attention,
     multi_head_attention,
 )
+from segdeformer.models.few_keys import block_bias, block_means
 from segdeformer.models.fusion import Fusion
 from segdeformer.models.layers import SegOutput, Tokens
 
 ALIGNMENT = 16  # columns; each part then starts at a multiple of 32 bytes in half precision too
 
 T = TypeVar("T")
+KeyStrides = tuple[int, int]  # as it is, and as trained
 
 
 class Affine(NamedTuple):
@@ -76,8 +78,17 @@ class Parts(NamedTuple, Generic[T]):
 class FoldedInternal(nn.Module):
     """Y_int W_h, without its constant."""
 
-    def __init__(self, *, heads: int, impl: Impl, reduce: Reduce | None, head: nn.Linear | None) -> None:
+    def __init__(
+        self,
+        *,
+        heads: int,
+        impl: Impl,
+        key_strides: KeyStrides,
+        reduce: Reduce | None,
+        head: nn.Linear | None,
+    ) -> None:
         super().__init__()
+        self.key_stride, self.trained_key_stride = key_strides
         self.heads = heads
         self.impl: Impl = impl
         self.reduce = reduce  # to keys and values
@@ -92,8 +103,9 @@ class FoldedInternal(nn.Module):
             keys, values = reduced_BMW[..., :width], reduced_BMW[..., width:]
         assert keys is not None
         assert values is not None
+        bias_M = block_bias(tokens, self.key_stride)  # keys and values are means already
         mixed_BNE = multi_head_attention(
-            parts.queries, keys, values, heads=self.heads, scale=1.0, impl=self.impl
+            parts.queries, keys, values, heads=self.heads, scale=1.0, bias_M=bias_M, impl=self.impl
         )
         return mixed_BNE if self.head is None else self.head(mixed_BNE)
 
@@ -101,8 +113,12 @@ class FoldedInternal(nn.Module):
 class FoldedExternal(nn.Module):
     """Y_ext W_h, or X_mid W_h without the second stage; without its constant."""
 
-    def __init__(self, *, impl: Impl, reduce: Reduce | None, values: nn.Linear | None) -> None:
+    def __init__(
+        self, *, impl: Impl, key_strides: KeyStrides | None, reduce: Reduce | None, values: nn.Linear | None
+    ) -> None:
         super().__init__()
+        if key_strides is not None:  # there is a second stage
+            self.key_stride, self.trained_key_stride = key_strides
         self.impl: Impl = impl
         self.reduce = reduce  # from P to keys and K-wide values
         self.values = values  # K x K, from mixtures of classes to logits; None with `reduce`
@@ -111,7 +127,11 @@ class FoldedExternal(nn.Module):
         class_logits_BNK, queries = parts.class_logits, parts.external
         assert class_logits_BNK is not None
         if queries is not None and self.values is not None:
-            return self.values(external_attention(queries, class_logits_BNK, scale=1.0, impl=self.impl))
+            return self.values(
+                few_mixtures_attention(
+                    queries, class_logits_BNK, tokens, self.key_stride, scale=1.0, impl=self.impl
+                )
+            )
         shares_BNK = class_logits_BNK.softmax(dim=-1).to(tokens.pixels_BNC.dtype)
         if queries is None:
             assert self.values is not None
@@ -183,7 +203,7 @@ class FoldedDecoder(nn.Module):
         together = self.project.parts(pixels_BNC) if made_together(pixels_BNC.device) else None
         logits_BNK = self._parts(together, pixels_BNC, "logits").logits
         if self.internal is not None:
-            parts = self._parts(together, pixels_BNC, "queries", "keys", "values")
+            parts = self._internal_parts(together, tokens)
             logits_BNK = logits_BNK + self.internal(tokens, parts)
         if self.external is not None:
             parts = self._parts(together, pixels_BNC, "class_logits", "external")
@@ -193,6 +213,17 @@ class FoldedDecoder(nn.Module):
             class_map = tokens._replace(pixels_BNC=class_logits_BNK).as_map() if self.supervised else None
             logits_BNK = logits_BNK + self.external(tokens, parts._replace(class_logits=class_logits_BNK))
         return SegOutput(tokens._replace(pixels_BNC=logits_BNK).as_map(), class_map, None)
+
+    def _internal_parts(self, together: Parts[Tensor] | None, tokens: Tokens) -> Parts[Tensor]:
+        """Queries of all pixels; keys and values of all, or of the means of blocks."""
+        assert self.internal is not None
+        pixels_BNC, stride = tokens.pixels_BNC, self.internal.key_stride
+        if stride == 1:
+            return self._parts(together, pixels_BNC, "queries", "keys", "values")
+        of_means = self._parts(None, block_means(pixels_BNC, tokens, stride), "keys", "values")
+        return self._parts(together, pixels_BNC, "queries")._replace(
+            keys=of_means.keys, values=of_means.values
+        )
 
     def _parts(self, together: Parts[Tensor] | None, pixels_BNC: Tensor, *names: str) -> Parts[Tensor]:
         """Views of one product, or these parts alone."""
@@ -284,7 +315,11 @@ def _fold_internal(
         logits=parts.logits.plus(constant_K),
     )
     head = None if narrow else _linear(head_KC)
-    return FoldedInternal(heads=inner.heads, impl=inner.impl, reduce=reduce, head=head), parts
+    key_strides = inner.key_stride, inner.trained_key_stride
+    internal = FoldedInternal(
+        heads=inner.heads, impl=inner.impl, key_strides=key_strides, reduce=reduce, head=head
+    )
+    return internal, parts
 
 
 def _fold_external(
@@ -297,18 +332,20 @@ def _fold_external(
     parts = parts._replace(class_logits=_affine(outer.middle_query).then(class_keys_KC).scaled(outer.scale))
     if not outer.second_stage:
         values = _linear(head_KC @ prototypes_KC.T)
-        return FoldedExternal(impl=outer.impl, reduce=None, values=values), parts
+        return FoldedExternal(impl=outer.impl, key_strides=None, reduce=None, values=values), parts
 
+    key_strides = outer.key_stride, outer.trained_key_stride
     query, key, value = _affine(outer.query), _affine(outer.key), _affine(outer.value)
     values_KC = head_KC @ value.weight_OI
     constant_K = head_KC @ value.bias_O
     if outer.reduce is None:
         query = query.then(prototypes_KC @ key.weight_OI.T)
-        external = FoldedExternal(impl=outer.impl, reduce=None, values=_linear(values_KC @ prototypes_KC.T))
+        values = _linear(values_KC @ prototypes_KC.T)
+        external = FoldedExternal(impl=outer.impl, key_strides=key_strides, reduce=None, values=values)
     else:
         both_OC = torch.cat([key.weight_OI, values_KC])
         reduce = _convolution(outer.reduce, both_OC, before_CI=prototypes_KC.T)
-        external = FoldedExternal(impl=outer.impl, reduce=reduce, values=None)
+        external = FoldedExternal(impl=outer.impl, key_strides=key_strides, reduce=reduce, values=None)
         constant_K = constant_K + values_KC @ _double(outer.reduce.conv.bias)
     parts = parts._replace(
         external=query.scaled(outer.scale),

@@ -6,12 +6,11 @@ MLP fusion (Eq. 1) is here, the others are in `upernet` and `fpn`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segdeformer.config import FaPNConfig, FPNConfig, MLPFusionConfig, OwnFusionConfig, UperNetConfig
 from segdeformer.errors import UsageError
 from segdeformer.models.fapn import AlignedPyramid
 from segdeformer.models.fpn import FeaturePyramid, PyramidFusion
@@ -19,6 +18,9 @@ from segdeformer.models.layers import ConvBNReLU, Tokens, initialise_decoder, re
 from segdeformer.models.neck import NECK_SCALES, MultiLevelNeck
 from segdeformer.models.own import build_own_fusion
 from segdeformer.models.upernet import UperNetFusion
+
+if TYPE_CHECKING:  # modules need no recipe
+    from segdeformer.config import FaPNConfig, FPNConfig, MLPFusionConfig, OwnFusionConfig, UperNetConfig
 
 
 class MLPFusion(nn.Module):
@@ -79,6 +81,8 @@ def build_fusion(
 
     Raises `UsageError` for a neck behind a pyramid encoder, `UserError` when `fapn` lacks torchvision.
     """
+    from segdeformer.config import OwnFusionConfig
+
     if isinstance(config, OwnFusionConfig):
         return build_own_fusion(
             config.kind, channels, strides, width=config.width, options=config.options or {}

@@ -7,11 +7,10 @@ neck, four times that; K classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from torch import Tensor, nn
 
-from segdeformer.config import ModelConfig, ThirdPartyConfig
 from segdeformer.errors import UsageError
 from segdeformer.kernels.impl import Impl, check_impl
 from segdeformer.models.batch_norms import fused_encoder
@@ -28,6 +27,9 @@ from segdeformer.models.fusion import Fusion, build_fusion
 from segdeformer.models.layers import ConvBNReLU, SegOutput, Tokens, initialise_decoder
 from segdeformer.models.momentum import MomentumTokens
 from segdeformer.models.third_party import ThirdPartyDecoder, ThirdPartyEncoder, build_third_party
+
+if TYPE_CHECKING:  # modules need no recipe
+    from segdeformer.config import ModelConfig
 
 THIRD_PARTY_OBSTACLE = 'fusion.kind = "third_party", whose decoder is another package\'s'
 
@@ -182,6 +184,8 @@ def build_decoder(
     its exact low-rank form. Neither changes results beyond rounding.
     Raises `UsageError` for a third-party model, whose decoder comes with an encoder of its own.
     """
+    from segdeformer.config import ThirdPartyConfig
+
     if isinstance(config.fusion, ThirdPartyConfig):
         raise UsageError('`model.fusion.kind` = "third_party" is a whole model; use `build_model`')
     context = None
@@ -207,6 +211,8 @@ def build_segmenter(
 
     Options as in `build_decoder`. Raises `UserError` when the encoder cannot be had.
     """
+    from segdeformer.config import ThirdPartyConfig
+
     encoder: Encoder | ThirdPartyEncoder
     decoder: SegDeformer | ThirdPartyDecoder
     if isinstance(config.fusion, ThirdPartyConfig):

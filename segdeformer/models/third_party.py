@@ -12,16 +12,18 @@ import difflib
 import inspect
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segdeformer.config import ModelConfig, ThirdPartyConfig
 from segdeformer.errors import UsageError, UserError
 from segdeformer.models.encoders import create_timm, explained_download, four
 from segdeformer.models.layers import SegOutput
+
+if TYPE_CHECKING:  # modules need no recipe
+    from segdeformer.config import ModelConfig, ThirdPartyConfig
 
 # What a recipe says elsewhere, or what our frame does itself.
 OURS = {"encoder_name", "encoder_weights", "encoder_output_indices", "in_channels", "classes"}
@@ -149,6 +151,8 @@ def build_third_party(config: ModelConfig) -> ThirdPartyModel:
     Raises `UserError` when smp is not installed or the weights cannot be had, `UsageError` when it knows no
     such decoder, encoder or option, or cannot join them.
     """
+    from segdeformer.config import ThirdPartyConfig
+
     assert isinstance(config.fusion, ThirdPartyConfig)
     architecture = _architecture(config.fusion)
     name = _encoder_name(config, config.fusion)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from segdeformer.data.check.doctor import Checkup
-from segdeformer.data.check.statistics import WEIGHT_RULE
+from segdeformer.data.check.examine import WEIGHT_RULE
 from segdeformer.data.images import write_png
 from segdeformer.data.samples import Sample
 from segdeformer.errors import UserError
-from segdeformer.files import write_text
-from segdeformer.report.overlays import Labelled, overlay_page
+from segdeformer.files import write_json
+from segdeformer.report.sheet import Labelled, overlay_page
 from segdeformer.version import __version__
 
 
@@ -45,7 +44,7 @@ def write_checkup(path: Path, checkup: Checkup) -> None:
             "class_weights_rule": WEIGHT_RULE,
         },
     }
-    write_text(path, json.dumps(report, indent=2) + "\n")
+    write_json(path, report)
 
 
 def write_overlays(path: Path, samples: Iterable[tuple[str, Sample]], checkup: Checkup) -> None:

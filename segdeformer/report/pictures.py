@@ -54,7 +54,9 @@ def colorize(labels_HW: np.ndarray, colors: Sequence[Color]) -> np.ndarray:
     Raises `UserError` when an id has no colour.
     """
     _check_ids(labels_HW, len(colors))
-    return np.take(_color_table(colors), labels_HW, axis=0)
+    table = np.full((IGNORE_INDEX + 1, 3), IGNORED_COLOR, np.uint8)
+    table[: len(colors)] = np.asarray(colors, np.uint8).reshape(-1, 3)
+    return np.take(table, labels_HW, axis=0)
 
 
 def overlay(
@@ -178,15 +180,11 @@ def comparison_sheet(
     width = width_of(blocks)
     text_px = max(MIN_TEXT_PX, round(width / 72))
     parts = [paragraph(headline, width, round(1.5 * text_px))] if headline else []
-    lines = [_headings(blocks, width, cell_w, gap, text_px)]
-    for first in range(0, len(rows), blocks):
-        block = slice(first, first + blocks)
-        tallest = max(triple[0].shape[0] for triple in triples[block])
-        line_HW3 = blank(tallest + round(1.9 * text_px), width)
-        for i, (row, triple) in enumerate(zip(rows[block], triples[block], strict=True)):
-            _draw_block(line_HW3, row, triple, i * (block_w + 4 * gap), cell_w + gap, text_px)
-        lines.append(line_HW3)
-    parts.append(joined(lines, axis=BELOW, gap=round(0.5 * text_px)))
+    heading_HW3 = _heading(cell_w, gap, text_px)
+    drawn = [_block(row, triple, cell_w, gap, text_px) for row, triple in zip(rows, triples, strict=True)]
+    lines = [[heading_HW3] * blocks, *(drawn[i : i + blocks] for i in range(0, len(drawn), blocks))]
+    joined_lines = [joined(line, axis=BESIDE, gap=4 * gap) for line in lines]
+    parts.append(joined(joined_lines, axis=BELOW, gap=round(0.5 * text_px)))
     entries = _entries_of(rows, names, colors)
     legends = (_Legend(entries, text_px, columns) for columns in range(len(entries), 0, -1))
     parts.append(
@@ -201,41 +199,45 @@ def comparison_sheet(
 def _tiles(row: Comparison, colors: Sequence[Color], tile_px: int) -> list[np.ndarray]:
     """Image, truth and prediction, all of one size. Maps keep exact colours: nearest, never blended."""
     pictures = [row.image_HW3, colorize(row.truth_HW, colors), colorize(row.prediction_HW, colors)]
-    height, width = row.truth_HW.shape
-    factor = tile_px / max(height, width)
+    factor = tile_px / max(row.truth_HW.shape)
     if factor >= 1:
         pictures = [_enlarged_by(picture, round(factor)) for picture in pictures]
     else:
-        size = (max(1, round(width * factor)), max(1, round(height * factor)))
+        size = reduced_size(row.truth_HW, tile_px)
         ways = (cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_NEAREST)
         pictures = [cv2.resize(p, size, interpolation=way) for p, way in zip(pictures, ways, strict=True)]
     return [_outlined(picture) for picture in pictures]
 
 
-def _headings(blocks: int, width: int, cell_w: int, gap: int, text_px: int) -> np.ndarray:
-    line_HW3 = blank(round(1.3 * text_px), width)
-    for block in range(blocks):
-        for column, heading in enumerate(("image", "truth", "prediction")):
-            left = block * (3 * cell_w + 6 * gap) + column * (cell_w + gap)
-            write(line_HW3, heading, left, text_px, text_px, bold=True)
-    return line_HW3
+def reduced_size(labels_HW: np.ndarray, edge_px: int) -> tuple[int, int]:
+    """(width, height) in which the long edge has `edge_px`."""
+    height, width = labels_HW.shape
+    factor = edge_px / max(height, width)
+    return max(1, round(width * factor)), max(1, round(height * factor))
 
 
-def _draw_block(
-    line_HW3: np.ndarray, row: Comparison, triple: list[np.ndarray], left: int, pitch: int, text_px: int
-) -> None:
-    """Three tiles, `pitch` px from one to the next, and their caption, into the line at `left`."""
+def _heading(cell_w: int, gap: int, text_px: int) -> np.ndarray:
+    heading_HW3 = blank(round(1.3 * text_px), 3 * cell_w + 2 * gap)
+    for column, text in enumerate(("image", "truth", "prediction")):
+        write(heading_HW3, text, column * (cell_w + gap), text_px, text_px, bold=True)
+    return heading_HW3
+
+
+def _block(row: Comparison, triple: list[np.ndarray], cell_w: int, gap: int, text_px: int) -> np.ndarray:
+    """Three tiles and their caption."""
     height, width = triple[0].shape[:2]
+    block_HW3 = blank(height + round(1.9 * text_px), 3 * cell_w + 2 * gap)
     for column, tile in enumerate(triple):
-        line_HW3[:height, left + column * pitch :][:, :width] = tile
+        block_HW3[:height, column * (cell_w + gap) :][:, :width] = tile
     baseline = height + round(1.35 * text_px)
-    room = 2 * pitch + width
+    room = 2 * (cell_w + gap) + width
     if row.score is not None:
         score = f"mIoU {row.score:.2f}"
         room -= text_width(score, text_px, bold=True)
-        write(line_HW3, score, left + room, baseline, text_px, bold=True)
+        write(block_HW3, score, room, baseline, text_px, bold=True)
         room -= text_px
-    write(line_HW3, shortened(row.title, text_px, room), left, baseline, text_px, color=FAINT_INK)
+    write(block_HW3, shortened(row.title, text_px, room), 0, baseline, text_px, color=FAINT_INK)
+    return block_HW3
 
 
 def _entries_of(rows: Sequence[Comparison], names: Sequence[str], colors: Sequence[Color]) -> list[_Entry]:
@@ -319,12 +321,6 @@ def _check_sizes(image_HW3: np.ndarray, labels_HW: np.ndarray, where: str = "") 
     if image_HW3.shape != (*labels_HW.shape, 3):
         image, labels = (" x ".join(str(n) for n in a.shape) for a in (image_HW3, labels_HW))
         raise UserError(f"{where}image is {image}, labels are {labels}; expected H x W x 3 and H x W")
-
-
-def _color_table(colors: Sequence[Color]) -> np.ndarray:
-    table = np.full((IGNORE_INDEX + 1, 3), IGNORED_COLOR, np.uint8)
-    table[: len(colors)] = np.asarray(colors, np.uint8).reshape(-1, 3)
-    return table
 
 
 def _viridis(level_HW: np.ndarray) -> np.ndarray:

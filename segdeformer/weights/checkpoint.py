@@ -22,6 +22,7 @@ from segdeformer.data.classes import ClassTable
 from segdeformer.errors import UsageError, UserError
 from segdeformer.files import replacing
 from segdeformer.kernels.impl import Impl
+from segdeformer.models.few_keys import set_key_stride
 from segdeformer.models.segmenter import Segmenter
 from segdeformer.models.skeleton import without_weights
 from segdeformer.weights.build import build_model
@@ -58,11 +59,14 @@ def load(
     device: str | torch.device = "cpu",
     impl: Impl = "auto",
     fold: bool | None = None,
+    key_stride: int | None = None,
     model: Segmenter | None = None,
 ) -> Loaded:
     """Load a model from a checkpoint, or from a run folder (its best, else its last).
 
     fold: True for a folded model (`Segmenter.fold`), False for one that is not, None as it was saved.
+    key_stride: of every attention (see `models.few_keys`), an approximation where it is over 1; None as it
+        was saved, which is all keys or as it was trained.
     model: one's own, which the checkpoint's weights are loaded into; by default the recipe's is built.
     Raises `UserError` when there is none, it is damaged, its weights do not fit its recipe, or it cannot
     be had as `fold` says.
@@ -71,6 +75,7 @@ def load(
     if fold is False and checkpoint.folded:
         raise UsageError(f"{checkpoint.path} holds a folded model, which cannot be unfolded; run it folded")
     model = saved_model(checkpoint, impl=impl, model=model).to(device).eval()
+    set_key_stride(model, checkpoint.recipe.evaluate.key_stride if key_stride is None else key_stride)
     return Loaded(model.fold() if fold else model, checkpoint)
 
 
@@ -79,15 +84,20 @@ def save(path: str | Path, model: Segmenter, checkpoint: Checkpoint) -> None:
 
     Raises `UserError` when the file cannot be written.
     """
-    save_checkpoint(
-        Path(path),
-        model,
-        recipe=checkpoint.recipe,
-        classes=checkpoint.classes,
-        iteration=checkpoint.iteration,
-        best_miou=checkpoint.best_miou,
-        license=checkpoint.license,
-    )
+    about = checkpoint._replace(validation_due=False)._asdict()
+    del about["path"], about["folded"]  # where it is now, and as the model is
+    save_checkpoint(Path(path), model, **about)
+
+
+def save_key_stride(checkpoint: Checkpoint, stride: int) -> None:
+    """Write into the checkpoint's file that it is evaluated and predicts with this key stride.
+
+    Its weights stay as they are. Raises `UserError` when the file cannot be read or written.
+    """
+    values = checkpoint.recipe.model_dump(exclude_none=True)
+    values["evaluate"]["key_stride"] = stride
+    recipe = validate_recipe(values, str(checkpoint.path))
+    save(checkpoint.path, saved_model(checkpoint), checkpoint._replace(recipe=recipe))
 
 
 def saved_model(checkpoint: Checkpoint, *, impl: Impl = "auto", model: Segmenter | None = None) -> Segmenter:

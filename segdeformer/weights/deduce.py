@@ -26,7 +26,7 @@ from segdeformer.config import (
 )
 from segdeformer.errors import UserError
 from segdeformer.models.mit import MIT_SIZES
-from segdeformer.weights.names import HUGGINGFACE_MIT, MIT_NAMES, NAMINGS, Naming
+from segdeformer.weights.names import HUGGINGFACE_MIT, MIT_NAMES, NAMINGS, Naming, Project, classifier_of
 from segdeformer.weights.source import Source
 
 RELEASED_CONTEXT = ContextConfig(
@@ -35,42 +35,31 @@ RELEASED_CONTEXT = ContextConfig(
 UPERNET_POOLS = (1, 2, 3, 6)
 
 
-class SwinSize(NamedTuple):
-    name: str  # timm's
-    width: int  # of the first stage
-    depths: tuple[int, int, int, int]
-    window: int
-
-
-class ViTSize(NamedTuple):
-    name: str
-    title: str
-    width: int
-    depth: int
-    patch: int
-
-
-SWIN_DEPTHS = {"tiny": (2, 2, 6, 2), "small": (2, 2, 18, 2), "base": (2, 2, 18, 2), "large": (2, 2, 18, 2)}
-SWIN_WIDTHS = {"tiny": 96, "small": 96, "base": 128, "large": 192}
-SWINS = (
-    *(
-        SwinSize(f"swin_{size}_patch4_window7_224", SWIN_WIDTHS[size], depths, 7)
-        for size, depths in SWIN_DEPTHS.items()
-    ),
-    *(
-        SwinSize(f"swin_{size}_patch4_window12_384", SWIN_WIDTHS[size], SWIN_DEPTHS[size], 12)
-        for size in ("base", "large")
-    ),
-)
-# DeiT and ViT of one size are the same network; DeiT's names where it has that size.
-VITS = (
-    ViTSize("deit_tiny_patch16_224", "DeiT-Ti", 192, 12, 16),
-    ViTSize("deit_small_patch16_224", "DeiT-S", 384, 12, 16),
-    ViTSize("deit_base_patch16_224", "DeiT-B", 768, 12, 16),
-    ViTSize("vit_base_patch8_224", "ViT-B/8", 768, 12, 8),
-    ViTSize("vit_base_patch32_224", "ViT-B/32", 768, 12, 32),
-    ViTSize("vit_large_patch16_224", "ViT-L", 1024, 24, 16),
-)
+# By the width of the first stage, the blocks of each, and the window: timm's names.
+SWINS: dict[tuple[int, tuple[int, ...], int], str] = {
+    (96, (2, 2, 6, 2), 7): "swin_tiny_patch4_window7_224",
+    (96, (2, 2, 18, 2), 7): "swin_small_patch4_window7_224",
+    (128, (2, 2, 18, 2), 7): "swin_base_patch4_window7_224",
+    (192, (2, 2, 18, 2), 7): "swin_large_patch4_window7_224",
+    (128, (2, 2, 18, 2), 12): "swin_base_patch4_window12_384",
+    (192, (2, 2, 18, 2), 12): "swin_large_patch4_window12_384",
+}
+# By width, blocks and patch: timm's names, and titles. DeiT and ViT of one size are the same network; DeiT's
+# names where it has that size.
+VITS = {
+    (192, 12, 16): ("deit_tiny_patch16_224", "DeiT-Ti"),
+    (384, 12, 16): ("deit_small_patch16_224", "DeiT-S"),
+    (768, 12, 16): ("deit_base_patch16_224", "DeiT-B"),
+    (768, 12, 8): ("vit_base_patch8_224", "ViT-B/8"),
+    (768, 12, 32): ("vit_base_patch32_224", "ViT-B/32"),
+    (1024, 24, 16): ("vit_large_patch16_224", "ViT-L"),
+}
+# What makes one map of four in a SegFormer.
+MLP_FUSES: dict[Project, str] = {
+    "nvlabs": "decode_head.linear_fuse.conv.weight",
+    "huggingface": "decode_head.linear_fuse.weight",
+    "mmseg": "decode_head.fusion_conv.conv.weight",
+}
 
 
 class Deduced(NamedTuple):
@@ -102,12 +91,12 @@ def deduce_model(source: Source) -> Deduced:
         encoder = _vit(source)
     else:
         encoder = _mit(source)
-    fusion, head, title = _decoder(source, encoder)
+    fusion, title = _decoder(source)
     context = RELEASED_CONTEXT if "decode_head.class_token.cls_token" in tensors else None
     if context is not None:
         title = "SegDeformer, released head"
     config = ModelConfig(
-        num_classes=_shape(source, head, 4)[0],
+        num_classes=_shape(source, classifier_of(source.project), 4)[0],
         encoder=encoder.config,
         fusion=fusion,
         context=context,
@@ -137,8 +126,7 @@ def _mit(source: Source) -> _Encoder:
         if naming == "microsoft":
             continue
         before = "segformer." if source.project == "huggingface" else "backbone."
-        names = {row.ours: f"{before}{getattr(row, naming)}.weight" for row in MIT_NAMES}
-        norm, block = names["norm"], names["blocks.{j}.norm1"]
+        norm, block = (f"{before}{MIT_NAMES[naming][n]}.weight" for n in ("norm", "blocks.{j}.norm1"))
         norms = [tensors.get(norm.format(i=i, s=i + 1)) for i in range(4)]
         channels = tuple(t.numel() for t in norms if t is not None)
         depths = tuple(_count(tensors, block.format(i=i, s=i + 1, j="{}")) for i in range(4))
@@ -165,16 +153,16 @@ def _swin(source: Source, stages: str, attention: str) -> _Encoder:
     num_offsets, _ = _shape(source, table, 2)
     (width,) = _shape(source, "backbone.norm0.weight", 1)
     window = (math.isqrt(num_offsets) + 1) // 2
-    for size in SWINS:
-        if (size.width, size.depths, size.window) == (width, depths, window):
-            config = EncoderConfig(name=size.name, feature_norm=True)
-            naming: Naming = "mmseg" if stages == "stages" else "microsoft"
-            title = "Swin-" + size.name.split("_")[1][0].upper()
-            return _Encoder(config, naming, title, "swin", tuple(width * 2**i for i in range(4)))
-    raise UserError(
-        f"{source.path}: the encoder is a Swin of width {width}, depths {list(depths)} and window {window}, "
-        f"which is none of {', '.join(size.name for size in SWINS)}"
-    )
+    name = SWINS.get((width, depths, window))
+    if name is None:
+        raise UserError(
+            f"{source.path}: the encoder is a Swin of width {width}, depths {list(depths)} and window "
+            f"{window}, which is none of {', '.join(SWINS.values())}"
+        )
+    naming: Naming = "mmseg" if stages == "stages" else "microsoft"
+    title = "Swin-" + name.split("_")[1][0].upper()
+    channels = tuple(width * 2**i for i in range(4))
+    return _Encoder(EncoderConfig(name=name, feature_norm=True), naming, title, "swin", channels)
 
 
 def _vit(source: Source) -> _Encoder:
@@ -193,32 +181,24 @@ def _vit(source: Source) -> _Encoder:
             f"{source.path}: `backbone.pos_embed` has {cells} places and the class token's, which is no "
             "square, and does not tell its height; name a recipe with encoder.image_size (--recipe)"
         )
-    for size in VITS:
-        if (size.width, size.depth, size.patch) == (width, depth, patch):
-            out_indices = (depth // 4 - 1, depth // 2 - 1, depth * 3 // 4 - 1, depth - 1)
-            config = EncoderConfig(
-                name=size.name, image_size=(side * patch, side * patch), out_indices=out_indices
-            )
-            return _Encoder(config, "mmseg", size.title, "deit", (width,) * 4)
-    raise UserError(
-        f"{source.path}: the encoder is a ViT of width {width}, {depth} blocks and patches of {patch} px, "
-        f"which is none of {', '.join(size.name for size in VITS)}"
-    )
+    if (width, depth, patch) not in VITS:
+        raise UserError(
+            f"{source.path}: the encoder is a ViT of width {width}, {depth} blocks and patches of {patch} "
+            f"px, which is none of {', '.join(name for name, _ in VITS.values())}"
+        )
+    name, title = VITS[width, depth, patch]
+    out_indices = (depth // 4 - 1, depth // 2 - 1, depth * 3 // 4 - 1, depth - 1)
+    config = EncoderConfig(name=name, image_size=(side * patch, side * patch), out_indices=out_indices)
+    return _Encoder(config, "mmseg", title, "deit", (width,) * 4)
 
 
-def _decoder(source: Source, encoder: _Encoder) -> tuple[MLPFusionConfig | UperNetConfig, str, str]:
-    """The fusion, the name of the classifier's weight, and a title."""
-    tensors = source.tensors
-    if source.project == "nvlabs":
-        width = _shape(source, "decode_head.linear_fuse.conv.weight", 4)[0]
-        fusion = MLPFusionConfig(width=width, projection="linear")
-        return fusion, "decode_head.linear_pred.weight", "SegFormer"
-    if source.project == "huggingface":
-        width = _shape(source, "decode_head.linear_fuse.weight", 4)[0]
-        return MLPFusionConfig(width=width, projection="linear"), "decode_head.classifier.weight", "SegFormer"
-    if "decode_head.fusion_conv.conv.weight" in tensors:
-        width = _shape(source, "decode_head.fusion_conv.conv.weight", 4)[0]
-        return MLPFusionConfig(width=width), "decode_head.conv_seg.weight", "SegFormer"
+def _decoder(source: Source) -> tuple[MLPFusionConfig | UperNetConfig, str]:
+    """The fusion, and a title."""
+    tensors, fuse = source.tensors, MLP_FUSES[source.project]
+    if source.project != "mmseg" or fuse in tensors:
+        width = _shape(source, fuse, 4)[0]
+        is_mmseg = source.project == "mmseg"
+        return MLPFusionConfig(width=width, projection="conv_bn_relu" if is_mmseg else "linear"), "SegFormer"
     pools = _count(tensors, "decode_head.psp_modules.{}.1.conv.weight")
     if pools != len(UPERNET_POOLS):
         raise UserError(
@@ -227,7 +207,7 @@ def _decoder(source: Source, encoder: _Encoder) -> tuple[MLPFusionConfig | UperN
         )
     neck = "neck.convs.0.conv.weight" in tensors
     width = _shape(source, "decode_head.fpn_bottleneck.conv.weight", 4)[0]
-    return UperNetConfig(width=width, neck=neck), "decode_head.conv_seg.weight", "UperNet"
+    return UperNetConfig(width=width, neck=neck), "UperNet"
 
 
 def _auxiliary(tensors: Mapping[str, Tensor], encoder: _Encoder) -> AuxiliaryConfig | None:

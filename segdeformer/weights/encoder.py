@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from segdeformer.errors import UserError
@@ -21,9 +20,7 @@ from segdeformer.models.encoders import Encoder, TimmEncoder, WeightsReport
 from segdeformer.models.mit import MIT_SIZES, MiT
 from segdeformer.models.third_party import ThirdPartyEncoder
 from segdeformer.weights.files import read_weights
-from segdeformer.weights.names import Naming, mit_links
-
-STYLES: tuple[Naming, ...] = ("nvlabs", "mmseg", "huggingface", "transformers5")
+from segdeformer.weights.names import STYLES, Link, Naming, mit_links, written
 
 # What training wrappers prepend to names.
 WRAPPERS = {"module", "model", "backbone", "encoder", "segformer", "teacher", "student"}
@@ -41,11 +38,11 @@ LEAST_SHARE = 0.5  # of the encoder's parameters; below it the file belongs to a
 
 
 class Recognised(NamedTuple):
-    """A naming style that fits a file. `names`: the file's name without prefix -> ours, in order."""
+    """A naming style that fits a file. `links`: their names are without the prefix."""
 
     style: str
     prefix: str
-    names: dict[str, tuple[str, ...]]
+    links: list[Link]
 
 
 def load_encoder_weights(encoder: Encoder | ThirdPartyEncoder, source: str | Path) -> WeightsReport:
@@ -68,27 +65,26 @@ def load_encoder_weights(encoder: Encoder | ThirdPartyEncoder, source: str | Pat
     values: dict[str, Tensor] = {}
     missing: list[str] = []
     resampled: list[str] = []
-    for theirs, ours in found.names.items():
-        given = tensors.get(found.prefix + theirs)
-        if given is None:
-            missing += ours
+    for link in found.links:
+        name, own = found.prefix + link.theirs, link._replace(layout="same")
+        if name not in tensors:
+            missing += link.ours
             continue
-        parts = [state[name] for name in ours]
-        rows = [p.shape[0] for p in parts] if len(parts) > 1 else None
-        shape = torch.Size([sum(rows), *parts[0].shape[1:]]) if rows else parts[0].shape
-        value = _as_linear(given, shape)
-        fitted = _resample(encoder, found.style, ours[0], value, shape)
+        given, shape = tensors[name], own.write(state).shape
+        # A linear layer may be disguised as a 1x1 convolution.
+        value = given.flatten(1) if given.shape == (*shape, 1, 1) else given
+        fitted = _resample(encoder, found.style, link.ours[0], value, shape)
         if fitted.shape != shape:
             raise UserError(
-                f"{path}: `{found.prefix}{theirs}` has shape {tuple(given.shape)}, the encoder needs "
-                f"{tuple(shape)}; {_looks_like(tensors)}"
+                f"{path}: `{name}` has shape {tuple(given.shape)}, the encoder needs {tuple(shape)}; "
+                f"{_looks_like(tensors)}"
             )
         if fitted is not value:
-            resampled.append(f"{theirs} {tuple(given.shape)} -> {tuple(shape)}")
-        values.update(zip(ours, torch.split(fitted, rows) if rows else [fitted], strict=True))
+            resampled.append(f"{link.theirs} {tuple(given.shape)} -> {tuple(shape)}")
+        values |= own.read(fitted, state)
 
     encoder.load_state_dict(values, strict=False)
-    used = {found.prefix + theirs for theirs in found.names}
+    used = {found.prefix + link.theirs for link in found.links}
     return WeightsReport(
         source=str(path),
         source_format=found.style,
@@ -102,47 +98,41 @@ def load_encoder_weights(encoder: Encoder | ThirdPartyEncoder, source: str | Pat
 
 def export_encoder_weights(encoder: MiT, style: Naming) -> dict[str, Tensor]:
     """The encoder's tensors under the names, and in the shapes, of another project."""
-    state, links = encoder.state_dict(), mit_links(encoder, style)
-    return {link.theirs: link.write([state[name] for name in link.ours]) for link in links}
+    return written(mit_links(encoder, style), encoder.state_dict())
 
 
 def _recognise(encoder: Encoder | ThirdPartyEncoder, tensors: Mapping[str, Tensor]) -> Recognised:
     """The style and prefix under which the file holds most of the encoder's tensors."""
     prefixes = sorted({prefix for name in tensors for prefix in _wrapper_prefixes(name)}) or [""]
-    styles = _styles(encoder)
-    candidates = [Recognised(style, prefix, names) for style, names in styles for prefix in prefixes]
-    return max(candidates, key=lambda c: sum(c.prefix + name in tensors for name in c.names))
+    candidates = [Recognised(style, p, links) for style, links in _styles(encoder) for p in prefixes]
+    return max(candidates, key=lambda c: sum(c.prefix + link.theirs in tensors for link in c.links))
 
 
 def _share(encoder: Encoder | ThirdPartyEncoder, tensors: Mapping[str, Tensor], found: Recognised) -> float:
     """The part of the encoder's parameters whose names are in the file."""
     sizes = {name: parameter.numel() for name, parameter in encoder.named_parameters()}
-    named = [
-        ours for theirs, names in found.names.items() if found.prefix + theirs in tensors for ours in names
-    ]
-    return sum(sizes.get(name, 0) for name in named) / sum(sizes.values())
+    there = [link for link in found.links if found.prefix + link.theirs in tensors]
+    return sum(sizes.get(name, 0) for link in there for name in link.ours) / sum(sizes.values())
 
 
-def _styles(encoder: Encoder | ThirdPartyEncoder) -> Iterator[tuple[str, dict[str, tuple[str, ...]]]]:
+def _styles(encoder: Encoder | ThirdPartyEncoder) -> Iterator[tuple[str, list[Link]]]:
+    """Ways to name the encoder's tensors, and what each is called so."""
     names = list(encoder.state_dict())
-    yield "segdeformer", {name: (name,) for name in names}
-    if isinstance(encoder, TimmEncoder):
-        yield "timm", {name.removeprefix("backbone."): (name,) for name in names}
-    elif isinstance(encoder, ThirdPartyEncoder):
-        yield from _third_party_styles(names)
-    else:
-        for style in STYLES:
-            yield style, {link.theirs: link.ours for link in mit_links(encoder, style)}
 
+    def renamed(rename: Callable[[str], str]) -> list[Link]:
+        return [Link(rename(name), (name,)) for name in names]
 
-def _third_party_styles(names: list[str]) -> Iterator[tuple[str, dict[str, tuple[str, ...]]]]:
-    yield "segmentation_models_pytorch", {name.removeprefix("backbone."): (name,) for name in names}
-    # It keeps a timm model under `model`, and timm may have made a list of it: stages.0 is stages_0 then.
-    timm_names = {name: name.removeprefix("backbone.model.") for name in names}
-    yield (
-        "timm",
-        {re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", theirs): (name,) for name, theirs in timm_names.items()},
-    )
+    yield "segdeformer", renamed(str)
+    if isinstance(encoder, MiT):
+        yield from ((style, mit_links(encoder, style)) for style in STYLES)
+        return
+    third_party = isinstance(encoder, ThirdPartyEncoder)
+    package = "segmentation_models_pytorch" if third_party else "timm"
+    yield package, renamed(lambda name: name.removeprefix("backbone."))
+    if third_party:
+        # It keeps a timm model under `model`, and timm may have made a list of it: stages.0 is stages_0 then.
+        prefix, item = "backbone.model.", re.compile(r"^([a-z]+)_(\d+)\.")
+        yield "timm", renamed(lambda name: item.sub(r"\1.\2.", name.removeprefix(prefix)))
 
 
 def _wrapper_prefixes(name: str) -> Iterator[str]:
@@ -152,11 +142,6 @@ def _wrapper_prefixes(name: str) -> Iterator[str]:
         if part not in WRAPPERS:
             return
         yield ".".join(parts[: i + 1]) + "."
-
-
-def _as_linear(value: Tensor, shape: torch.Size) -> Tensor:
-    """Undo a linear layer's disguise as a 1x1 convolution."""
-    return value.flatten(1) if value.shape == (*shape, 1, 1) else value
 
 
 def _resample(
@@ -194,15 +179,15 @@ def _resample_grid(encoder: TimmEncoder, style: str, value: Tensor, shape: torch
 
 def _resample_table(encoder: TimmEncoder, name: str, value: Tensor, shape: torch.Size) -> Tensor:
     """Resample a square window's table, one row per offset, bicubically to the encoder's window."""
+    from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_simple
+
     attention: Any = encoder.get_submodule(name.rpartition(".")[0])
     height, width = (2 * side - 1 for side in attention.window_size)
     tokens = shape[0] - height * width  # BEiT's rows for its class token come last
     side = math.isqrt(value.shape[0] - tokens)
     if value.shape == shape or side * side != value.shape[0] - tokens:
         return value
-    grid = value[: side * side].float().T.reshape(1, -1, side, side)
-    grid = F.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
-    return torch.cat([grid[0].flatten(1).T, value[side * side :].float()])
+    return resize_rel_pos_bias_table_simple(value.float(), attention.window_size, tuple(shape))
 
 
 def _looks_like(tensors: Mapping[str, Tensor]) -> str:

@@ -14,16 +14,25 @@ import torch
 from torch import Tensor
 
 from segdeformer.config import ModelConfig, Recipe, load_recipe
-from segdeformer.errors import UserError
+from segdeformer.errors import UserError, and_more
 from segdeformer.models.encoders import TimmEncoder
 from segdeformer.models.segmenter import Segmenter
 from segdeformer.weights.build import build_model
 from segdeformer.weights.deduce import deduce_model
 from segdeformer.weights.labels import Classes, adapt_recipe, default_license, find_classes, make_recipe
-from segdeformer.weights.names import NAMINGS, PROJECT_TITLES, Naming, Project, Table, name_table
+from segdeformer.weights.names import (
+    NAMINGS,
+    PROJECT_TITLES,
+    Naming,
+    Project,
+    Table,
+    classifier_of,
+    name_table,
+)
 from segdeformer.weights.source import Source, read_source
 
-CLASSIFIERS = tuple(f"decode_head.{name}.weight" for name in ("linear_pred", "classifier", "conv_seg"))
+# NVlabs' files have `conv_seg` too, which is not their classifier, so mmsegmentation's comes last.
+CLASSIFIERS = tuple(classifier_of(project) for project in ("nvlabs", "huggingface", "mmseg"))
 POSITION_INDEX = "relative_position_index"
 
 
@@ -99,9 +108,16 @@ def import_model(
         naming = deduced.naming
     else:
         recipe = adapt_recipe(source, load_recipe(recipe_name), num_classes)
-        recipe, title = _without_auxiliary(recipe, source), f"recipe {recipe_name}"
+        if not any(name.startswith("auxiliary_head.") for name in source.tensors):
+            # It is for training: a file without one does not need it.
+            model_config = recipe.model.model_copy(update={"auxiliary": None})
+            recipe = recipe.model_copy(update={"model": model_config})
+        title = f"recipe {recipe_name}"
         model = build_model(recipe.model)
-        naming = _best_naming(model, source)
+        naming = max(
+            NAMINGS[source.project],
+            key=lambda naming: sum(link.theirs in source.tensors for link in name_table(model, naming).links),
+        )
     table = name_table(model, naming)
     if table.unknown:
         raise UserError(
@@ -127,7 +143,6 @@ def import_model(
 
 
 def _num_classes(source: Source) -> int:
-    # NVlabs' files have `conv_seg` too, which is not their classifier, so it comes last.
     weight = next((source.tensors[name] for name in CLASSIFIERS if name in source.tensors), None)
     if weight is None:
         raise UserError(f"{source.path}: has none of {', '.join(f'`{name}`' for name in CLASSIFIERS)}")
@@ -137,38 +152,22 @@ def _num_classes(source: Source) -> int:
     return num_classes
 
 
-def _without_auxiliary(recipe: Recipe, source: Source) -> Recipe:
-    """A recipe's auxiliary head is for training: a file without one does not need it."""
-    if recipe.model.auxiliary is None or any(name.startswith("auxiliary_head.") for name in source.tensors):
-        return recipe
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"auxiliary": None})})
-
-
-def _best_naming(model: Segmenter, source: Source) -> Naming:
-    def num_found(naming: Naming) -> int:
-        return sum(link.theirs in source.tensors for link in name_table(model, naming).links)
-
-    return max(NAMINGS[source.project], key=num_found)
-
-
 def _fill(model: Segmenter, table: Table, source: Source, title: str) -> tuple[str, ...]:
     """Load the file's tensors into the model; return the names of the counters that it lacks."""
     state = model.state_dict()
     values: dict[str, Tensor] = {}
     lacking = [link.theirs for link in table.links if link.theirs not in source.tensors]
     if needed := [name for name in lacking if not name.endswith(COUNTER)]:
-        others = f" and {len(needed) - 1} more" if len(needed) > 1 else ""
         seems = _looks_like(source)
         raise UserError(
-            f"{source.path}: lacks `{source.prefix}{needed[0]}`{others}, which {title} needs; "
+            f"{source.path}: lacks `{source.prefix}{needed[0]}`{and_more(needed)}, which {title} needs; "
             + ("the file is damaged" if seems == title else f"the file holds {seems}")
         )
     for link in table.links:
         if link.theirs in lacking:
             values.update((name, torch.zeros_like(state[name])) for name in link.ours)
             continue
-        given, own = source.tensors[link.theirs], [state[name] for name in link.ours]
-        expected = link.write(own).shape
+        given, expected = source.tensors[link.theirs], link.write(state).shape
         if given.shape != expected:
             raise UserError(
                 f"{source.path}: `{source.prefix}{link.theirs}` has shape {tuple(given.shape)}, {title} "
@@ -178,7 +177,7 @@ def _fill(model: Segmenter, table: Table, source: Source, title: str) -> tuple[s
             raise UserError(
                 f"{source.path}: `{source.prefix}{link.theirs}` holds NaN or infinity; take another file"
             )
-        values.update(zip(link.ours, link.read(given, [len(t) for t in own if t.ndim]), strict=True))
+        values |= link.read(given, state)
     model.load_state_dict(values)
     return tuple(lacking)
 
@@ -201,10 +200,9 @@ def _account(table: Table, source: Source, config: ModelConfig, title: str) -> t
         else:
             aside.append(SetAside(name, rule.reason))
     if strange:
-        others = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
         raise UserError(
-            f"{source.path}: `{strange[0]}`{others} has no place in {title}, which would compute something "
-            "else; nothing was converted"
+            f"{source.path}: `{strange[0]}`{and_more(strange)} has no place in {title}, which would compute "
+            "something else; nothing was converted"
         )
     return tuple(aside)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from segdeformer.config import DataName, ModelConfig, Recipe, load_recipe
 from segdeformer.data.classes import CLASS_TABLES, ClassTable, default_colors, load_classes
+from segdeformer.data.published import SETS
 from segdeformer.errors import UsageError, UserError
 from segdeformer.models.skeleton import without_weights
 from segdeformer.weights.deduce import Deduced
@@ -18,21 +19,9 @@ APACHE = "Apache-2.0"
 MIT = "MIT"
 
 # Data sets whose classes ship with the package, by their number.
-KNOWN_DATA: dict[int, DataName] = {150: "ade20k", 19: "cityscapes", 171: "coco_stuff"}
+KNOWN_DATA: dict[int, DataName] = {about["classes"]: cast(DataName, name) for name, about in SETS.items()}
 LEAST_AGREEMENT = 0.9  # of class names that make a file's table that of a known data set; spellings differ
 
-# The shipped recipe whose data, training and evaluation go with a converted model.
-RECIPES = {
-    ("ade20k", "segformer"): "ade20k-segformer-b1",
-    ("ade20k", "upernet-swin"): "ade20k-upernet-swin-s",
-    ("ade20k", "upernet-deit"): "ade20k-upernet-deit-s",
-    ("cityscapes", "segformer"): "cityscapes-segformer-b5",
-    ("cityscapes", "upernet-swin"): "cityscapes-upernet-swin-l",
-    ("cityscapes", "upernet-deit"): "cityscapes-upernet-deit-b",
-    ("coco_stuff", "segformer"): "coco_stuff-segformer-b5",
-    ("coco_stuff", "upernet-swin"): "coco_stuff-upernet-swin-l",
-    ("coco_stuff", "upernet-deit"): "coco_stuff-upernet-deit-b",
-}
 OTHER_DATA_RECIPE = "folder-pretrained"
 
 
@@ -47,9 +36,13 @@ class Classes(NamedTuple):
 def find_classes(source: Source, num_classes: int, wanted: str | None) -> Classes:
     """The classes that `wanted` names (data set or TOML file), else the file's own, else by their number."""
     if wanted is not None:
-        path = CLASS_TABLES / f"{wanted}.toml"
         known = next((data for data in KNOWN_DATA.values() if data == wanted), None)
-        table = load_classes(path if known else _file(wanted))
+        path = CLASS_TABLES / f"{known}.toml" if known else Path(wanted)
+        if not path.is_file():
+            raise UsageError(
+                f"--classes {wanted}: neither {', '.join(KNOWN_DATA.values())} nor a TOML file of class names"
+            )
+        table = load_classes(path)
         if len(table.names) != num_classes:
             raise UsageError(
                 f"--classes {wanted}: has {len(table.names)} classes, the model in {source.path} has "
@@ -63,32 +56,17 @@ def find_classes(source: Source, num_classes: int, wanted: str | None) -> Classe
         if data and shipped:
             return Classes(shipped, data, f"{data}, since there are {num_classes}; the file names none")
         unnamed = tuple(f"class {index}" for index in range(num_classes))
-        return Classes(
-            ClassTable(unnamed, default_colors(num_classes)),
-            "folder",
-            "unnamed; name them with --classes FILE",
-        )
-    if data and shipped and _agreement(names, shipped.names) >= LEAST_AGREEMENT:
-        return Classes(shipped, data, f"{data}, as in the file")
+        table = ClassTable(unnamed, default_colors(num_classes))
+        return Classes(table, "folder", "unnamed; name them with --classes FILE")
+    if data and shipped:
+        alike = sum(_plain(one) == _plain(other) for one, other in zip(names, shipped.names, strict=True))
+        if alike >= LEAST_AGREEMENT * num_classes:
+            return Classes(shipped, data, f"{data}, as in the file")
     unique = tuple(dict.fromkeys(name.strip() for name in names))
     if len(unique) != num_classes:
         raise UserError(f"{source.path}: two of its class names are the same; name them with --classes FILE")
     colors = source.class_colors or default_colors(num_classes)
     return Classes(ClassTable(unique, colors), "folder", "as in the file")
-
-
-def _file(wanted: str) -> Path:
-    path = Path(wanted)
-    if not path.is_file():
-        raise UsageError(
-            f"--classes {wanted}: neither {', '.join(KNOWN_DATA.values())} nor a TOML file of class names"
-        )
-    return path
-
-
-def _agreement(names: tuple[str, ...], shipped: tuple[str, ...]) -> float:
-    pairs = zip(names, shipped, strict=True)
-    return sum(_plain(one) == _plain(other) for one, other in pairs) / len(shipped)
 
 
 def _plain(name: str) -> str:
@@ -98,7 +76,8 @@ def _plain(name: str) -> str:
 
 def make_recipe(source: Source, deduced: Deduced, classes: Classes) -> Recipe:
     """Our recipe for this data and kind of model, with the model of the file."""
-    base = load_recipe(RECIPES.get((classes.data, deduced.family), OTHER_DATA_RECIPE))
+    recipes = SETS[classes.data]["converted"] if classes.data in SETS else {}
+    base = load_recipe(recipes.get(deduced.family, OTHER_DATA_RECIPE))
     encoder = deduced.config.encoder.model_copy(update={"drop_path": base.model.encoder.drop_path})
     model = deduced.config.model_copy(update={"encoder": encoder})
     name = f"{source.path.resolve().stem}-from-{source.project}"

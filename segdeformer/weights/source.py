@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, get_args
 
 from torch import Tensor
 
+from segdeformer.data.classes import is_color
 from segdeformer.errors import UsageError, UserError
 from segdeformer.weights.checkpoint import METADATA_KEY
 from segdeformer.weights.files import read_weights
@@ -58,29 +59,36 @@ def read_source(path: Path, *, project: Project | None = None, prefix: str | Non
     model.
     """
     folder = path if path.is_dir() else None
-    file = path if folder is None else _weights_in(folder)
+    files = [path / name for name in WEIGHT_FILES if (path / name).is_file()] if folder else [path]
+    if not files:
+        raise UserError(f"{folder} holds neither {' nor '.join(WEIGHT_FILES)}; name a model file")
+    file = files[0]
     read = read_weights(file)
     if METADATA_KEY in read.meta:
         raise UsageError(
             f"{file} is a checkpoint of segdeformer already; to write it for another project, add "
             f"--to {'|'.join(get_args(Project))}"
         )
-    prefixes = _prefixes(read.tensors)
+    # What stands before `decode_head.` in the names, once for each copy of the model.
+    found = (re.match(r"((?:[^.]+\.)*?)decode_head\.", name) for name in read.tensors)
+    prefixes = list(dict.fromkeys(match[1] for match in found if match))
     prefix = _choose_prefix(file, read.tensors, prefixes, prefix)
     others = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
     chosen = {name for name in read.tensors if name.startswith(prefix) and not name.startswith(others)}
     tensors = {name.removeprefix(prefix): t for name, t in read.tensors.items() if name in chosen}
-    found = _recognise(file, tensors)
-    if project is not None and found != project:
+    recognised = _recognise(file, tensors)
+    if project is not None and recognised != project:
         raise UsageError(
-            f"{path}: --from {project}, but its names are those of {PROJECT_TITLES[found]} ({found}); "
-            "leave out --from, or name another file"
+            f"{path}: --from {project}, but its names are those of {PROJECT_TITLES[recognised]} "
+            f"({recognised}); leave out --from, or name another file"
         )
     config = _json(folder / "config.json") if folder else None
     names, colors = _classes(read.meta, config)
+    iteration = read.meta.get("iter")
+    license_text = read.meta.get("license") or (config or {}).get("license")
     return Source(
         path=path,
-        project=found,
+        project=recognised,
         container=read.container,
         prefix=prefix,
         tensors=tensors,
@@ -88,24 +96,11 @@ def read_source(path: Path, *, project: Project | None = None, prefix: str | Non
         passed_over=read.passed_over,
         class_names=names,
         class_colors=colors,
-        iteration=_iteration(read.meta),
+        iteration=iteration if type(iteration) is int and iteration >= 0 else 0,
         mean_std=_normalisation(tensors, folder),
-        license=_text(read.meta.get("license") or (config or {}).get("license")),
+        license=license_text if isinstance(license_text, str) else None,
         huggingface_config=config,
     )
-
-
-def _weights_in(folder: Path) -> Path:
-    for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"{folder} holds neither {' nor '.join(WEIGHT_FILES)}; name a model file")
-
-
-def _prefixes(tensors: Mapping[str, Tensor]) -> list[str]:
-    """What stands before `decode_head.` in the names, once for each copy of the model."""
-    found = (re.match(r"((?:[^.]+\.)*?)decode_head\.", name) for name in tensors)
-    return list(dict.fromkeys(match[1] for match in found if match))
 
 
 def _choose_prefix(path: Path, tensors: Mapping[str, Tensor], prefixes: list[str], wanted: str | None) -> str:
@@ -166,31 +161,9 @@ def _classes(
     names, palette = values.get("classes"), values.get("palette")
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         return None, None
-    if palette is None or not _is_palette(palette, len(names)):
+    if not isinstance(palette, list | tuple) or len(palette) != len(names) or not all(map(is_color, palette)):
         return tuple(names), None
     return tuple(names), tuple((red, green, blue) for red, green, blue in palette)
-
-
-def _is_palette(value: Any, count: int) -> bool:
-    return (
-        isinstance(value, list | tuple)
-        and len(value) == count
-        and all(
-            isinstance(color, list | tuple)
-            and len(color) == 3
-            and all(type(level) is int and 0 <= level <= 255 for level in color)
-            for color in value
-        )
-    )
-
-
-def _iteration(meta: Mapping[str, Any]) -> int:
-    value = meta.get("iter")
-    return value if type(value) is int and value >= 0 else 0
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
 
 
 def _normalisation(

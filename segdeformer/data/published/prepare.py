@@ -5,21 +5,31 @@ H height, W width.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+from PIL import Image, ImageDraw
 
-from segdeformer.data.classes import CLASS_TABLES
-from segdeformer.data.datasets import ADE20K_MAP, CITYSCAPES_MAP, COCO_STUFF_MAP, map_labels
+from segdeformer.config import IGNORE_INDEX
+from segdeformer.data.classes import CLASS_TABLES, load_classes
+from segdeformer.data.datasets import (
+    CITYSCAPES_MAP,
+    COCO_STUFF_MAP,
+    PUBLISHED,
+    FoundLabels,
+    map_labels,
+    with_labels,
+)
 from segdeformer.data.folders import Layout, Pair, list_files, pair_files
 from segdeformer.data.images import read_labels, write_png
 from segdeformer.data.parallel import in_threads
-from segdeformer.data.published.cityscapes_polygons import draw_polygons
+from segdeformer.data.published import SETS
 from segdeformer.data.samples import LabelMap
 from segdeformer.errors import UsageError, UserError
 from segdeformer.files import replacing, write_text
@@ -27,23 +37,13 @@ from segdeformer.files import replacing, write_text
 Split = Literal["train", "val"]
 
 PNG_END = b"IEND\xaeB`\x82"
-COUNTS: dict[str, dict[Split, int]] = {
-    "ade20k": {"train": 20210, "val": 2000},
-    "cityscapes": {"train": 2975, "val": 500},
-    "coco_stuff": {"train": 118287, "val": 5000},
-}
-RECIPES = {
-    "ade20k": "ade20k-segdeformer-b1",
-    "cityscapes": "cityscapes-segdeformer-b5-efficient",
-    "coco_stuff": "coco_stuff-segdeformer-b5",
-}
-
-
-class SplitSource(NamedTuple):
-    """A split's files, and how a label file becomes class ids."""
-
-    layout: Layout
-    read: Callable[[Path], np.ndarray]
+COUNTS: dict[str, dict[Split, int]] = {name: about["pairs"] for name, about in SETS.items()}
+# Labels that are drawn, over others too, but not learnt.
+IGNORED_LABELS = (
+    *("unlabeled", "ego vehicle", "rectification border", "out of roi", "static", "dynamic", "ground"),
+    *("parking", "rail track", "guard rail", "bridge", "tunnel", "polegroup", "caravan", "trailer"),
+)
+NOT_DRAWN = "license plate"  # it has no id of its own: the car under it stays
 
 
 class Made(NamedTuple):
@@ -67,10 +67,10 @@ class Preparation:
         if target.resolve() == source.resolve():
             raise UsageError(f"{target}: DST is SRC; name another folder to make")
         self.name, self.target = name, target
-        self.recipe = RECIPES[name]  # to train on it with
+        self.recipe = SETS[name]["recipe"]  # to train on it with
         self.place = _copied if copy else _linked
         self.sources = {split: _FIND[name](source, split) for split in COUNTS[name]}
-        self.pairs = {split: pair_files(found.layout) for split, found in self.sources.items()}
+        self.pairs = {split: pair_files(layout) for split, (layout, _) in self.sources.items()}
         self.made: list[Made] = []
 
     def __len__(self) -> int:
@@ -90,8 +90,9 @@ class Preparation:
         try:
             is_new = not _is_done(labels, pair.labels)
             if is_new:
-                write_png(labels, self.sources[split].read(pair.labels))
-            if not _is_same(image, pair.image):
+                write_png(labels, _class_ids(pair.labels, self.sources[split][1]))
+            size = pair.image.stat().st_size
+            if not image.exists() or (not image.samefile(pair.image) and image.stat().st_size != size):
                 self.place(pair.image, image)
         except UserError as error:
             return Made(split, False, str(error))
@@ -131,25 +132,19 @@ class Preparation:
 # Where the archives unpack to, and what their label files hold.
 
 
-def _ade20k(root: Path, split: Split) -> SplitSource:
+def _ade20k(root: Path, split: Split) -> FoundLabels:
     """ADEChallengeData2016.zip."""
     root = _first_folder(root, ".", "ADEChallengeData2016", wanted="images/training")
-    folder = {"train": "training", "val": "validation"}[split]
-    layout = Layout(root, f"images/{folder}", (".jpg",), f"annotations/{folder}", (".png",))
-    return SplitSource(layout, partial(_mapped, label_map=ADE20K_MAP))
+    return PUBLISHED["ade20k"](root, split)
 
 
-def _cityscapes(root: Path, split: Split) -> SplitSource:
+def _cityscapes(root: Path, split: Split) -> FoundLabels:
     """leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip: label ids, or else polygons to draw."""
-    layout = Layout(
-        root, f"leftImg8bit/{split}", ("_leftImg8bit.png",), f"gtFine/{split}", ("_gtFine_labelIds.png",)
-    )
-    if list_files(root / layout.labels, layout.label_endings).found:
-        return SplitSource(layout, partial(_mapped, label_map=CITYSCAPES_MAP))
-    return SplitSource(layout._replace(label_endings=("_gtFine_polygons.json",)), draw_polygons)
+    formats = ("_gtFine_labelIds.png", CITYSCAPES_MAP), ("_gtFine_polygons.json", None)
+    return with_labels(root, f"leftImg8bit/{split}", "_leftImg8bit.png", f"gtFine/{split}", *formats)
 
 
-def _coco_stuff(root: Path, split: Split) -> SplitSource:
+def _coco_stuff(root: Path, split: Split) -> FoundLabels:
     """train2017.zip, val2017.zip and stuffthingmaps_trainval2017.zip, under `images` and `annotations`.
 
     Also found: the images beside, and the label maps in `stuffthingmaps`.
@@ -159,11 +154,10 @@ def _coco_stuff(root: Path, split: Split) -> SplitSource:
     places = (f"annotations/{folder}", f"stuffthingmaps/{folder}", folder)  # the last: all in one place
     labels = _first_folder(root, *places, wanted=".")
     below = [path.relative_to(root).as_posix() for path in (images, labels)]
-    layout = Layout(root, below[0], (".jpg",), below[1], (".png",))
-    return SplitSource(layout, partial(_mapped, label_map=COCO_STUFF_MAP))
+    return Layout(root, below[0], (".jpg",), below[1], (".png",)), COCO_STUFF_MAP
 
 
-_FIND: dict[str, Callable[[Path, Split], SplitSource]] = {
+_FIND: dict[str, Callable[[Path, Split], FoundLabels]] = {
     "ade20k": _ade20k,
     "cityscapes": _cityscapes,
     "coco_stuff": _coco_stuff,
@@ -176,8 +170,51 @@ def _first_folder(root: Path, *places: str, wanted: str) -> Path:
     return there[0] if there else root / places[0]
 
 
-def _mapped(path: Path, *, label_map: LabelMap) -> np.ndarray:
-    return map_labels(read_labels(path), label_map, path)
+def _class_ids(path: Path, label_map: LabelMap | None) -> np.ndarray:
+    """Of a label file whose ids mean this, or of Cityscapes' polygons."""
+    return draw_polygons(path) if label_map is None else map_labels(read_labels(path), label_map, path)
+
+
+# Cityscapes' polygons.
+
+
+def draw_polygons(path: Path) -> np.ndarray:
+    """The (H, W) uint8 trainIds of a `_gtFine_polygons.json`: later objects cover earlier ones.
+
+    Raises `UserError` when the file is no such JSON or names an unknown label.
+    """
+    try:
+        annotation = json.loads(path.read_text("utf-8"))
+        size = (int(annotation["imgWidth"]), int(annotation["imgHeight"]))
+        objects = [
+            (str(thing["label"]), [(x, y) for x, y in thing["polygon"]])
+            for thing in annotation["objects"]
+            if not thing.get("deleted")
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: cannot be read as Cityscapes polygons ({error!r}); unpack it again"
+        ) from None
+    picture = Image.new("L", size, IGNORE_INDEX)
+    pen = ImageDraw.Draw(picture)
+    for label, corners in objects:
+        if label != NOT_DRAWN and len(corners) > 1:
+            pen.polygon(corners, fill=_train_id(label, path))
+    return np.asarray(picture)
+
+
+def _train_id(label: str, path: Path) -> int:
+    ids = _train_ids()
+    for name in (label, label.removesuffix("group")):  # "persongroup": several persons in one outline
+        if name in ids:
+            return ids[name]
+    raise UserError(f"{path}: unknown label {label!r}; expected those of Cityscapes")
+
+
+@cache
+def _train_ids() -> dict[str, int]:
+    names = load_classes(CLASS_TABLES / "cityscapes.toml").names
+    return dict.fromkeys(IGNORED_LABELS, IGNORE_INDEX) | {name: index for index, name in enumerate(names)}
 
 
 # Files.
@@ -193,11 +230,6 @@ def _is_done(labels: Path, source: Path) -> bool:
             return file.read() == PNG_END
     except OSError:
         return False
-
-
-def _is_same(image: Path, source: Path) -> bool:
-    """Whether the image is there: the source itself, or as many bytes."""
-    return image.exists() and (image.samefile(source) or image.stat().st_size == source.stat().st_size)
 
 
 def _linked(source: Path, image: Path) -> None:
