@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -39,28 +38,37 @@ class Shape(NamedTuple):
 SHAPES = (Shape(256, 150, 512), Shape(256, 19, 1024), Shape(512, 150, 512))
 
 
-# The affine context as a recipe has it, without the library that reads recipes.
-AFFINE: Any = SimpleNamespace(
-    projection="affine",
-    reduction=1,
-    internal=SimpleNamespace(heads=1, depth=1, mlp=False),
-    external=SimpleNamespace(momentum=None, decouple=True, second_stage=True, attention_loss=True),
-)
-
-
 def build_decoder(shape: Shape, impl: Impl, *, plain: bool = False, context: bool = True) -> nn.Module:
     """The affine decoder out of its parts, seeded; without context it is SegFormer's."""
-    from segdeformer.models.context import build_context
+    from segdeformer.models.context import (
+        ClassTokens,
+        Context,
+        ExternalAttention,
+        InternalAttention,
+        InternalBlock,
+    )
     from segdeformer.models.fusion import MLPFusion
     from segdeformer.models.mit import MIT_SIZES
     from segdeformer.models.segmenter import Head, SegDeformer
 
     torch.manual_seed(0)
-    fusion = MLPFusion(MIT_SIZES["mit_b1"].channels, width=shape.width)
-    head = Head(shape.width, shape.num_classes, dropout=0.1)
-    sizes = {"width": shape.width, "num_classes": shape.num_classes}
-    form = "plain" if plain else "low_rank"
-    mined = build_context(AFFINE, **sizes, impl=impl, external_form=form) if context else None
+    width = shape.width
+    fusion = MLPFusion(MIT_SIZES["mit_b1"].channels, width=width)
+    head = Head(width, shape.num_classes, dropout=0.1)
+    mined = None
+    if context:
+        internal = InternalAttention(width, heads=1, projection="affine", reduction=1, impl=impl)
+        external = ExternalAttention(
+            width,
+            ClassTokens(shape.num_classes, width, decouple=True),
+            second_stage=True,
+            projection="affine",
+            reduction=1,
+            impl=impl,
+            form="plain" if plain else "low_rank",
+        )
+        blocks = nn.Sequential(InternalBlock(internal, width=width, mlp=False))
+        mined = Context(internal=blocks, external=external, supervised=True)
     return SegDeformer(fusion=fusion, context=mined, head=head)
 
 
