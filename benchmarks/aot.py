@@ -36,71 +36,55 @@ from segdeformer.kernels.tuning.resources import MATRIX_INSTRUCTIONS
 
 TABLE = Path(__file__).parent / "results" / "aot.md"
 
-KERNELS = (
-    "attention_forward",
-    "attention_forward_few_keys",
-    "attention_backward_queries",
-    "attention_backward_keys",
-    "attention_backward_values",
-    "attention_backward_keys_and_values",
-    "attention_weights_and_grads",
-    "external_forward",
-    "external_backward_queries",
-    "external_backward_keys",
-)
+KERNELS = {  # and the classes of default tiles that each is used for
+    "attention_forward": WIDTHS,
+    "attention_forward_few_keys": WIDTHS,
+    "attention_backward_queries": (64, 128, 192, 256),
+    "attention_backward_keys": (192, 256),  # narrower ones go together, wider ones in chunks
+    "attention_backward_values": (192, 256),
+    "attention_backward_keys_and_values": (64, 128),
+    "attention_weights_and_grads": (256, 512),
+    "external_forward": WIDTHS,
+    "external_backward_queries": WIDTHS,
+    "external_backward_keys": WIDTHS,
+}
 FIXED = ("row_deltas", "class_probabilities", "upsampled_loss", "upsampled_loss_gradient", "upsampled_argmax")
 FIXED_WIDTHS = (19, 150)
 
 
-def class_widths(kernel: str) -> list[int]:
-    """The classes of default tiles that a kernel is used for."""
-    match kernel:
-        case "attention_backward_keys" | "attention_backward_values":
-            return [192, 256]  # narrower ones go together, wider ones in chunks
-        case "attention_backward_keys_and_values":
-            return [64, 128]
-        case "attention_weights_and_grads":
-            return [256, 512]
-        case "attention_backward_queries":
-            return [64, 128, 192, 256]
-    return list(WIDTHS)
-
-
-def shipped_cases(architectures: Iterable[str], *, main_only: bool = False) -> Iterator[Case]:
-    """Every default tile at its class's widest, at the decoder's own widths, and every measured tile.
-
-    main_only: the decoder's own widths in half precision.
-    """
+def shipped_cases(architectures: Iterable[str]) -> Iterator[Case]:
+    """Every default tile at its class's widest, at the decoder's own widths, and every measured tile."""
     for name in architectures:
-        for kernel in KERNELS:
-            classes = class_widths(kernel)
-            widths = set(main_widths(kernel))
-            if not main_only:
-                widths |= {(width, width) for width in classes}
-            for (d, e), element_bytes in itertools.product(sorted(widths), (2,) if main_only else (2, 4)):
-                padded = padded_width(d), padded_width(e)
-                tile = default_tile(kernel, *padded, element_bytes, ARCHITECTURES[name])
-                yield Case(kernel, d, e, element_bytes, name, tile)
-                if element_bytes == 2 and (d, e) in main_widths(kernel) and tile.block_keys and not main_only:
-                    yield Case(kernel, d, e, element_bytes, name, tile, even=False)
-        for kernel, width in itertools.product(FIXED, FIXED_WIDTHS[-1:] if main_only else FIXED_WIDTHS):
-            yield Case(kernel, width, width, 2, name, Tile(0, 0, 4, 1))
-            if not main_only:
-                yield Case(kernel, width, width, 4, name, Tile(0, 0, 4, 1))
-    if main_only:
-        return
+        for kernel, classes in KERNELS.items():
+            ours = main_widths(kernel)
+            widths = sorted({*ours, *((width, width) for width in classes)})
+            for pair, element_bytes in itertools.product(widths, (2, 4)):
+                case = present_case(kernel, pair, element_bytes, name)
+                yield case
+                if is_main(case) and case.tile.block_keys:
+                    yield case._replace(even=False)
+        for kernel, width, element_bytes in itertools.product(FIXED, FIXED_WIDTHS, (2, 4)):
+            yield Case(kernel, width, width, element_bytes, name, Tile(0, 0, 4, 1))
     for path in sorted(TUNED.glob("*.json")):
         measured = read_tiles(path)
         for kernel, by_width in measured.get("tiles", {}).items():
             for text, by_bytes in by_width.items():
                 d, e = (int(width) for width in text.split("x"))
-                for element_bytes, tile in by_bytes.items():
-                    yield Case(kernel, d, e, int(element_bytes), measured["architecture"], Tile(*tile))
+                for element_bytes, by_size in by_bytes.items():
+                    for tile in by_size.values() if isinstance(by_size, dict) else [by_size]:
+                        yield Case(kernel, d, e, int(element_bytes), measured["architecture"], Tile(*tile))
+
+
+def present_case(kernel: str, widths: tuple[int, int], element_bytes: int, architecture: str) -> Case:
+    """With the default tile."""
+    padded = (padded_width(width) for width in widths)
+    tile = default_tile(kernel, *padded, element_bytes, ARCHITECTURES[architecture])
+    return Case(kernel, *widths, element_bytes, architecture, tile)
 
 
 def main_widths(kernel: str) -> list[tuple[int, int]]:
     """The decoder's own widths that a kernel is used for."""
-    classes = class_widths(kernel)
+    classes = KERNELS[kernel]
     operation = "external_attention" if kernel.startswith("external") else "attention"
     narrower = max((width for width in WIDTHS if width < classes[0]), default=0)
     return [
@@ -207,20 +191,22 @@ def main() -> None:
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("error: TRITON_INTERPRET=1 is set, so nothing compiles; unset it")
-    everything = [] if arguments.main else list(shipped_cases(arguments.only))
-    main_cases = list(shipped_cases(arguments.only, main_only=True))
+    everything = list(shipped_cases(arguments.only))
+    main_cases = [case for case in everything if is_main(case)]
+    if arguments.main:
+        everything = main_cases
     if not arguments.versions:
         began = time.monotonic()
-        report = compile_here(everything or main_cases)
+        report = compile_here(everything)
         sys.exit(1 if show(report, time.monotonic() - began) else 0)
     reports, num_failures = [], 0
     with tempfile.TemporaryDirectory() as scratch:
         for version in dict.fromkeys([*VERSIONS[:-1], triton.__version__, VERSIONS[-1]]):
             began = time.monotonic()
-            cases = everything if everything and version == VERSIONS[-1] else main_cases
+            cases = everything if version == VERSIONS[-1] else main_cases
             reports.append(compile_with(version, cases, arguments.wheels or Path(scratch)))
             num_failures += show(reports[-1], time.monotonic() - began)
-    if arguments.only == names and everything:
+    if arguments.only == names and not arguments.main:
         write_table(reports, arguments.out)
     sys.exit(1 if num_failures else 0)
 

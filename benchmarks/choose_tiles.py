@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
+import math
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
-from benchmarks.aot import KERNELS, class_widths, main_widths
+from benchmarks.aot import KERNELS, main_widths, present_case
 from benchmarks.compiled import NUM_PIXELS, Case, Compiled
 from benchmarks.versions import VERSIONS, compile_with
-from segdeformer.kernels.tiles import ARCHITECTURES, TUNED, Tile, default_tile, padded_width
+from segdeformer.kernels.tiles import ARCHITECTURES, TUNED, padded_width, rows_in_lines
 from segdeformer.kernels.tuning.candidates import (
     Target,
     candidate_tiles,
@@ -34,86 +33,66 @@ PROMISE = 0.9  # of the present tile's estimate, for a candidate to be compiled 
 FINALISTS = 3  # compiled with every version; with the oldest, all candidates
 
 
-class Wanted(NamedTuple):
-    """A tile to choose."""
-
-    architecture: str
-    kernel: str
-    width: int  # as the model has it: an odd one takes more registers than its padded class
-    value_width: int
-    element_bytes: int
-
-    @property
-    def target(self) -> Target:
-        num_rows = MANY_PIXELS if max(self.width, self.value_width) <= 32 else NUM_PIXELS
-        widths = padded_width(self.width), padded_width(self.value_width)
-        return Target(self.kernel, widths, self.element_bytes, ARCHITECTURES[self.architecture], num_rows)
-
-    def present(self) -> Tile:
-        target = self.target
-        return default_tile(self.kernel, *target.widths, self.element_bytes, target.architecture)
-
-    def case(self, tile: Tile) -> Case:
-        return Case(self.kernel, self.width, self.value_width, self.element_bytes, self.architecture, tile)
-
-    def candidates(self, most: int) -> list[Tile]:
-        """The present tile, then those that may be as fast. The tuner tries bulk copies, and checks them."""
-        target, present = self.target, self.present()
-        tiles = [t for t in candidate_tiles(target, present) if not t.tma]
-        estimates = {t: scores_per_cycle(target, t, estimated_resources(target, t)) for t in tiles}
-        best = sorted(tiles[1:], key=lambda tile: -estimates[tile])
-        likely = [tile for tile in tiles[1:] if estimates[tile] >= PROMISE * estimates[present]]
-        # The best few in any case: the present tile may turn out not to fit.
-        return [present, *dict.fromkeys([*likely[:most], *best[: most // 2]])]
-
-    def score(self, made: Compiled | None) -> float:
-        """Scores in a cycle by the model; 0 for what the gate would not let pass."""
-        if made is None or made.slow_products:
-            return 0.0
-        return scores_per_cycle(self.target, made.case.tile, made.resources)
+def target_of(case: Case) -> Target:
+    num_rows = MANY_PIXELS if max(case.width, case.value_width) <= 32 else NUM_PIXELS
+    widths = padded_width(case.width), padded_width(case.value_width)
+    return Target(case.kernel, widths, case.element_bytes, ARCHITECTURES[case.architecture], num_rows)
 
 
-def choose(wanted: list[Wanted], folder: Path, *, most: int) -> dict[Wanted, Tile]:
-    """The tile of each, compiled with the oldest version, which needs most memory, then the best with all."""
-    tiles = {want: want.candidates(most) for want in wanted}
+def candidates(present: Case, most: int) -> list[Case]:
+    """The present tile, then those that may be as fast. The tuner tries bulk copies, and checks them."""
+    target = target_of(present)
+    tiles = [t for t in candidate_tiles(target, present.tile) if not t.tma]
+    estimates = {t: scores_per_cycle(target, t, estimated_resources(target, t)) for t in tiles}
+    best = sorted(tiles[1:], key=lambda tile: -estimates[tile])
+    likely = [tile for tile in tiles[1:] if estimates[tile] >= PROMISE * estimates[present.tile]]
+    # The best few in any case: the present tile may turn out not to fit.
+    chosen = dict.fromkeys([present.tile, *likely[:most], *best[: most // 2]])
+    return [present._replace(tile=tile) for tile in chosen]
+
+
+def score(made: Compiled | None) -> float:
+    """Scores in a cycle by the model; 0 for what the gate would not let pass."""
+    if made is None or made.slow_products:
+        return 0.0
+    return scores_per_cycle(target_of(made.case), made.case.tile, made.resources)
+
+
+def choose(wanted: list[Case], folder: Path, *, most: int) -> list[Case]:
+    """For each case with its present tile the best one, by the version that likes it least.
+
+    The oldest version needs most memory: it compiles all candidates, the others what is best by then.
+    """
+    cases = {present: candidates(present, most) for present in wanted}
     scores: dict[Case, float] = {}
     for version in VERSIONS:
-        cases = [want.case(tile) for want in wanted for tile in tiles[want]]
-        made = {row.case: row for row in compile_with(version, cases, folder).compiled}
-        for want in wanted:
-            for case in map(want.case, tiles[want]):
-                scores[case] = min(scores.get(case, float("inf")), want.score(made.get(case)))
-            present = want.present()
-            enough = GAIN * scores[want.case(present)]
-            best = sorted(tiles[want], key=lambda tile: -scores[want.case(tile)])
-            better = [tile for tile in best if scores[want.case(tile)] > enough]
-            tiles[want] = list(dict.fromkeys([present, *better[:FINALISTS]]))
-        print(f"Triton {version}: {len(made)} of {len(cases)} compiled", flush=True)
-    chosen = {}
-    for want in wanted:
-        present = want.present()
-        best = max(tiles[want], key=lambda tile: scores[want.case(tile)])
-        old, new = scores[want.case(present)], scores[want.case(best)]
-        if not new:
-            raise RuntimeError(f"no candidate of {want} fits with every version")
-        chosen[want] = best if new > GAIN * old else present
-        print(f"{want.case(present)}: {old:.2f} scores a cycle; {best}: {new:.2f}; taken: {chosen[want]}")
+        asked = [case for some in cases.values() for case in some]
+        made = {row.case: row for row in compile_with(version, asked, folder).compiled}
+        scores |= {case: min(scores.get(case, math.inf), score(made.get(case))) for case in asked}
+        for present, some in cases.items():
+            better = [case for case in some if scores[case] > GAIN * scores[present]]
+            finalists = sorted(better, key=lambda case: -scores[case])[:FINALISTS]
+            cases[present] = [present, *finalists]
+        print(f"Triton {version}: {len(made)} of {len(asked)} compiled", flush=True)
+    chosen = []
+    for present, some in cases.items():
+        best = some[min(1, len(some) - 1)]
+        if not scores[best]:
+            raise RuntimeError(f"no candidate of {present} fits with every version")
+        print(f"{present}: {scores[present]:.2f} scores a cycle; taken: {best.tile}: {scores[best]:.2f}")
+        chosen.append(best)
     return chosen
 
 
-def write_tiles(chosen: dict[Wanted, Tile]) -> None:
+def write_tiles(chosen: list[Case]) -> None:
     """Put them into `defaults.json`."""
     path = TUNED / "defaults.json"
     table = json.loads(path.read_text())
-    for want, tile in chosen.items():
-        by_width = table[want.architecture].setdefault(want.kernel, {})
-        by_width.setdefault("{}x{}".format(*want.target.widths), {})[str(want.element_bytes)] = tile
-    text = json.dumps(table, indent=1)
-    path.write_text(re.sub(r"\[\s+([^]]*?)\s+\]", _one_line, text) + "\n")
-
-
-def _one_line(found: re.Match[str]) -> str:
-    return "[" + " ".join(found.group(1).split()) + "]"
+    for case in chosen:
+        by_width = table[case.architecture].setdefault(case.kernel, {})
+        widths = "{}x{}".format(*target_of(case).widths)
+        by_width.setdefault(widths, {})[str(case.element_bytes)] = case.tile
+    path.write_text(rows_in_lines(table))
 
 
 if __name__ == "__main__":
@@ -130,10 +109,10 @@ if __name__ == "__main__":
     )
     asked = parser.parse_args()
     wants = [
-        Wanted(architecture, kernel, *widths, asked.bytes)
+        present_case(kernel, widths, asked.bytes, architecture)
         for architecture in asked.only
         for kernel in asked.kernels
-        for widths in ([(w, w) for w in class_widths(kernel)] if asked.classes else main_widths(kernel))
+        for widths in ([(w, w) for w in KERNELS[kernel]] if asked.classes else main_widths(kernel))
     ]
     with tempfile.TemporaryDirectory() as scratch:
         write_tiles(choose(wants, asked.wheels or Path(scratch), most=asked.most))

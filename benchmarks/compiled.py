@@ -15,7 +15,7 @@ from segdeformer.kernels.external_attention import launch as external
 from segdeformer.kernels.launch import Launch
 from segdeformer.kernels.tiles import ARCHITECTURES, Architecture, Tile, padded_width
 from segdeformer.kernels.tuning.resources import MATRIX_INSTRUCTIONS, Resources, resources_of
-from segdeformer.kernels.tuning.trial import launch_of, written
+from segdeformer.kernels.tuning.trial import launch_of, results_of
 from segdeformer.kernels.upsample import launch as upsampling
 
 TYPES = {
@@ -82,19 +82,18 @@ def build_launch(case: Case) -> Launch | None:
     m = case.tile.block_keys if few else n
     d, e = case.width, case.value_width
     values = empty(1, m, padded_width(e))
-    keys = values if case.kernel.startswith("external") else empty(1, m, padded_width(d))
-    x = attention.Operands(empty(1, n, padded_width(d)), keys, values, d, e, 1 / 16)
+    is_external = case.kernel.startswith("external")
+    keys = values if is_external else empty(1, m, padded_width(d))
     lse, class_logits = empty(1, n, dtype=torch.float32), empty(1, n, d, dtype=torch.float32)
     if case.kernel == "row_deltas":
         return attention.deltas_launch(empty(1, n, e), empty(1, n, e), lse)
     if case.kernel == "class_probabilities":
         return external.probabilities_launch(class_logits, keys)
     upstream = attention.Upstream(empty(1, n, padded_width(e)), lse, lse)
-    results = {"out": empty(1, n, e), "lse": lse, "class_logits": class_logits}
-    results |= {"queries": empty(1, n, d), "keys": empty(1, m, d), "values": empty(1, m, e)}
-    results |= dict.fromkeys(("weights", "grad_scores"), empty(1024, n))
-    results = {name: results[name] for name in written(case.kernel)}
-    return launch_of(case.kernel, x, upstream, results, case.tile, class_logits=class_logits)
+    queries = empty(1, n, padded_width(d))
+    x = attention.Operands(queries, keys, values, d, e, 1 / 16, is_external, upstream)
+    results = results_of(case.kernel, (n, m), (d, e), usual, queries.device)
+    return launch_of(case.kernel, x, {**results, "class_logits": class_logits}, case.tile)
 
 
 def build_upsampling_launch(case: Case) -> Launch:

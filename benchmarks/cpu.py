@@ -29,6 +29,8 @@ from segdeformer.data.samples import Sample
 from segdeformer.files import write_text
 from segdeformer.inference.evaluate import Tally, evaluate_images
 from segdeformer.kernels import upsample_cross_entropy
+from segdeformer.kernels.tuning.cases import loss_step, make_loss_task
+from segdeformer.kernels.tuning.judge import LossTask
 from segdeformer.measure.machine import this_machine
 from segdeformer.measure.memory import in_own_process, peak_mib
 from segdeformer.measure.speed import Length, alternating_ms, percentile
@@ -59,32 +61,26 @@ class OneImage:
         return self.sample
 
 
-def loss_inputs(options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_inputs(options: argparse.Namespace) -> LossTask:
     """Logits at a quarter of the size, in the model's memory order, and labels, a tenth ignored."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (options.batch, options.classes, options.size // 4, options.size // 4)
-    logits = torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, options.classes, (options.batch, *[options.size] * 2), generator=generator)
-    labels[torch.rand(labels.shape, generator=generator) < 0.1] = 255
-    return logits.requires_grad_(), labels
+    size, full = (options.size // 4,) * 2, (options.size,) * 2
+    task = make_loss_task(options.batch, options.classes, size, full, dtype=torch.float32, device=CPU)
+    return task._replace(logits_BKhw=task.logits_BKhw.contiguous(memory_format=torch.channels_last))
 
 
-def loss_and_gradient(
-    way: str, logits: torch.Tensor, labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if way == "ours":
-        loss = upsample_cross_entropy(logits, labels)
-    else:
-        full = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
-        loss = F.cross_entropy(full, labels, ignore_index=255)
-        del full
-    return loss.detach(), torch.autograd.grad(loss, logits)[0]
+def eager_loss(logits_BKhw: torch.Tensor, labels_BHW: torch.Tensor) -> torch.Tensor:
+    full_BKHW = F.interpolate(logits_BKhw, labels_BHW.shape[1:], mode="bilinear", align_corners=False)
+    return F.cross_entropy(full_BKHW, labels_BHW, ignore_index=255)
+
+
+LOSSES = {"ours": upsample_cross_entropy, "eager": eager_loss}
 
 
 def loss_run(options: argparse.Namespace, way: str) -> Run:
-    logits, labels = loss_inputs(options)
-    few = logits.detach()[:, :, :8, :8].requires_grad_(), labels[:, :32, :32]
-    return lambda small: loss_and_gradient(way, *(few if small else (logits, labels)))
+    task = loss_inputs(options)
+    few = LossTask(task.logits_BKhw[:, :, :8, :8], task.labels_BHW[:, :32, :32])
+    runs = [loss_step(inputs, LOSSES[way]) for inputs in (task, few)]
+    return lambda small: runs[small]()
 
 
 def random_model(options: argparse.Namespace, kind: str) -> Segmenter:
@@ -149,8 +145,8 @@ def measured(options: argparse.Namespace) -> dict[str, float]:
 
 def loss_times(options: argparse.Namespace) -> dict[str, float]:
     """Medians of both losses in alternation, and how far they lie apart."""
-    logits, labels = loss_inputs(options)
-    runs = {way: lambda way=way: loss_and_gradient(way, logits, labels) for way in ("ours", "eager")}
+    task = loss_inputs(options)
+    runs = {way: loss_step(task, loss) for way, loss in LOSSES.items()}
     (loss, gradient), (their_loss, their_gradient) = (run() for run in runs.values())
     rounds = list(alternating_ms(runs, length=Length(options.repeats, 0)))
     ours_ms, eager_ms = (percentile([times[way] for times in rounds], 50) for way in runs)

@@ -7,19 +7,20 @@ autocast.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import Machine, free_bytes, peak_mib, tiles_digest
-from benchmarks.phases import Contender, Session, begin_contender, measure_contenders, measure_rows
+from benchmarks.machine import Machine, free_bytes, tiles_digest
+from benchmarks.phases import Contender, Session, measure_contenders, measure_rows
 from segdeformer.kernels.impl import Impl
 from segdeformer.kernels.tuning.judge import Expected, Verdict, judge
 
 SECONDS = 1.0
+TRAINING_BATCH = 2
 
 
 class Shape(NamedTuple):
@@ -118,42 +119,37 @@ def logits_error(logits: Tensor, right: Tensor) -> float:
     return ((logits.float() - right).abs().max() / right.abs().max()).item()
 
 
-def measure_training_memory(
-    shape: Shape, machine: Machine, without: Mapping[str, str], *, batch: int = 2
-) -> dict[str, Any]:
-    """Peaks of a forward + backward of the whole model, above its weights and the image."""
+def train_step(encoder: nn.Module, decoder: nn.Module, image: Tensor, machine: Machine) -> None:
+    """A forward + backward under autocast."""
+    with torch.autocast(machine.device.type, machine.halves[0]):
+        logits, class_logits, *_ = decoder(encoder(image))
+    loss = logits.float().square().mean()
+    if class_logits is not None:
+        loss = loss + 0.4 * class_logits.square().mean()
+    loss.backward()
+    for part in (encoder, decoder):
+        part.zero_grad(set_to_none=True)
+
+
+def training_ways(shape: Shape, image: Tensor, machine: Machine) -> Iterator[Contender]:
+    """The whole model with our decoder and with SegFormer's; there is nothing to compare results with."""
     from segdeformer.models.mit import MIT_SIZES, MiT
 
-    image = torch.randn(batch, 3, shape.image_px, shape.image_px, device=machine.device)
-    entries: dict[str, dict[str, Any]] = {}
     for name, context in (("unfolded", True), ("segformer", False)):
-        if name in without:
-            entries[name] = {"refused": without[name]}
-            continue
-        begin_contender(name)
-        model = nn.ModuleList([MiT(MIT_SIZES["mit_b1"]), build_decoder(shape, "triton", context=context)])
-        model.train().to(machine.device)
-
-        def step(model: nn.ModuleList = model) -> None:
-            encoder, decoder = model
-            with torch.autocast(machine.device.type, machine.halves[0]):
-                logits, class_logits, *_ = decoder(encoder(image))
-            loss = logits.float().square().mean()
-            if class_logits is not None:
-                loss = loss + 0.4 * class_logits.square().mean()
-            loss.backward()
-            model.zero_grad(set_to_none=True)
-
-        step()  # libraries and compilers allocate their own on first use
-        peak = peak_mib(step, machine)
-        entries[name] = {"peak_mib": None if peak is None else round(peak, 1)}
-    return {**shape._asdict(), "batch": batch, "contenders": entries}
+        parts = MiT(MIT_SIZES["mit_b1"]), build_decoder(shape, "triton", context=context)
+        encoder, decoder = (part.train().to(machine.device) for part in parts)
+        yield Contender(name, partial(train_step, encoder, decoder, image, machine), None)
 
 
 def measure(row: tuple[Shape, str], machine: Machine, without: Mapping[str, str]) -> dict[str, Any]:
-    """One shape's inference or training memory."""
+    """One shape's inference, or its training: there the peaks count, above the weights and the image."""
     shape, kind = row
-    return (measure_inference if kind == "inference" else measure_training_memory)(shape, machine, without)
+    if kind == "inference":
+        return measure_inference(shape, machine, without)
+    image = torch.randn(TRAINING_BATCH, 3, shape.image_px, shape.image_px, device=machine.device)
+    named = training_ways(shape, image, machine)
+    entries = measure_contenders(named, machine, without, seconds=SECONDS)
+    return {**shape._asdict(), "batch": TRAINING_BATCH, "contenders": entries}
 
 
 def run(session: Session) -> int:

@@ -17,10 +17,7 @@ run, or a phase broke.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import check_upsampling, checks, decoder, kernels, tuning, upsampling
+from benchmarks import attention, checks, decoder, tuning, upsampling
 from benchmarks.machine import RESULTS, Machine, this_machine
 from benchmarks.phases import Session, seconds_left
 from benchmarks.records import Records, open_records
@@ -53,27 +50,20 @@ class Phase(NamedTuple):
 
 def phases(machine: Machine) -> list[Phase]:
     """All of them, the most valuable first."""
-    first, further = check_groups(machine)
+    first, further = checks.check_groups(machine)
     found = [
         Phase("checks", 0.20, partial(checks.run, wanted=first)),
         Phase("tuning", 0.45, tuning.run),
-        Phase("rows", 0.20, partial(kernels.run, wanted=kernels.first_rows(machine))),
+        Phase("rows", 0.20, partial(attention.run, wanted=attention.first_rows(machine))),
         Phase("decoder", 0.05, decoder.run),
         Phase("upsampling", 0.05, partial(upsampling.run, wanted=upsampling.first_rows(machine))),
         Phase("further checks", 0.40, partial(checks.run, wanted=further)),
         Phase("further upsampling", 0.10, partial(upsampling.run, wanted=upsampling.further_rows(machine))),
-        Phase("further rows", 0.40, partial(kernels.run, wanted=kernels.further_rows(machine))),
+        Phase("further rows", 0.40, partial(attention.run, wanted=attention.further_rows(machine))),
     ]
     if not machine.is_rehearsal and importlib.util.find_spec("pytest"):
         found.append(Phase("tests", 0.10, kernel_tests))
     return found
-
-
-def check_groups(machine: Machine) -> tuple[list[checks.AnyGroup], list[checks.AnyGroup]]:
-    """What the decoder runs, and the rest."""
-    first = [*checks.first_groups(machine), *check_upsampling.first_upsampling_groups(machine)]
-    further = [*checks.further_groups(machine), *check_upsampling.further_upsampling_groups(machine)]
-    return first, further
 
 
 def kernel_tests(session: Session) -> int:
@@ -82,19 +72,20 @@ def kernel_tests(session: Session) -> int:
         return 0
     paths = sorted(str(path) for path in ROOT.glob(KERNEL_TESTS))
     command = [sys.executable, "-m", "pytest", "-q", "-x", *paths]
-    process = subprocess.Popen(
-        command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
     try:
-        told, _ = process.communicate(timeout=seconds_left(session))
+        finished = subprocess.run(
+            command,
+            cwd=ROOT,
+            timeout=seconds_left(session),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
     except subprocess.TimeoutExpired:
         return 1
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    told = finished.stdout
     print(told, flush=True)
-    failures = [] if process.returncode == 0 else [" ".join(told.split())[-300:]]
+    failures = [] if finished.returncode == 0 else [" ".join(told.split())[-300:]]
     session.records.add("checks", KERNEL_TESTS, {"num_cases": 1, "failures": failures})
     return 0
 
@@ -142,7 +133,7 @@ def main() -> None:
     if arguments.interpret and out.resolve() == RESULTS:
         parser.error("--interpret measures nothing: give it an --out of its own")
     records = open_records(out.resolve(), machine)
-    groups = [group.name for part in check_groups(machine) for group in part]
+    groups = [group.name for part in checks.check_groups(machine) for group in part]
     records.table["num_check_groups"] = len(groups)
     try:
         endings = run_phases(wanted, records, machine, deadline)

@@ -22,6 +22,7 @@ from segdeformer.kernels.tuning.crew import COMPILE_PATIENCE_S, PATIENCE_S, Crew
 from segdeformer.kernels.tuning.judge import Verdict
 
 CONTENDER = "contender "
+ROW_SECONDS = 0.6
 MOST_TRIES = 2  # of a row that is lost for another reason than one of its contenders
 # What contenders raise for shapes they do not take. KernelError is a ValueError.
 REFUSALS = (RuntimeError, ValueError, NotImplementedError, AssertionError)
@@ -44,8 +45,15 @@ class RowTask(NamedTuple):
     without: Mapping[str, str] = {}  # contenders, and what went wrong with each
 
 
+Judge = Callable[[Any], Verdict]  # of the results of a call
 # Of a row, for a GPU or a rehearsal, without some contenders: the entry.
 Measure = Callable[[Any, Machine, Mapping[str, str]], dict[str, Any]]
+
+
+def kind_name(dtype: torch.dtype, *, training: bool) -> str:
+    """The end of a row's name."""
+    short_name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    return f"{short_name} {'forward + backward' if training else 'forward'}"
 
 
 class Contender(NamedTuple):
@@ -53,7 +61,7 @@ class Contender(NamedTuple):
 
     name: str
     run: Callable[[], Any]  # what is timed
-    judge: Callable[[Any], Verdict] | None  # of the results of a call; None: nothing to compare them with
+    judge: Judge | None  # None: nothing to compare its results with
     about: Mapping[str, Any] = {}  # kept with its results
     needs_bytes: int = 0  # of matrices that others do not make
     patience_s: float | None = None
@@ -61,7 +69,11 @@ class Contender(NamedTuple):
 
 
 def measure_contenders(
-    contenders: Iterable[Contender], machine: Machine, without: Mapping[str, str], *, seconds: float
+    contenders: Iterable[Contender],
+    machine: Machine,
+    without: Mapping[str, str],
+    *,
+    seconds: float = ROW_SECONDS,
 ) -> dict[str, dict[str, Any]]:
     """Check everyone but those `without`, for these reasons; then time those that are right, in turn."""
     entries: dict[str, dict[str, Any]] = {}
@@ -71,7 +83,7 @@ def measure_contenders(
         if contender.name in without:
             entry["refused"] = without[contender.name]
             continue
-        begin_contender(contender.name, contender.patience_s)
+        stage(CONTENDER + contender.name, contender.patience_s)  # what happens from here on is its doing
         if contender.needs_bytes > 0.8 * free_bytes(machine):
             gib = contender.needs_bytes / 2**30
             entry["refused"] = f"its full-size matrices of {gib:.1f} GiB do not fit"
@@ -105,11 +117,6 @@ def first_run(contender: Contender, machine: Machine) -> Verdict:
             reasons = [first_line, *(str(warning.message) for warning in caught)]  # SDPA warns of its reasons
             return Verdict(float("nan"), float("nan"), " ".join(" ".join(reasons).split())[:400])
     return Verdict(0.0, 0.0, None) if contender.judge is None else contender.judge(results)
-
-
-def begin_contender(name: str, patience_s: float | None = None) -> None:
-    """What happens from here on is this contender's doing."""
-    stage(CONTENDER + name, patience_s)
 
 
 def compare(measure: Measure, task: RowTask) -> Iterator[dict[str, Any]]:

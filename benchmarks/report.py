@@ -42,8 +42,8 @@ class Goal(NamedTuple):
     text: str
     needed: float
     measured: float | None
-    at_most: bool = False
     alternative: str = ""  # the fastest of those that are asked
+    at_most: bool = False
 
     @property
     def verdict(self) -> str:
@@ -53,89 +53,75 @@ class Goal(NamedTuple):
         return "met" if met else "not met"
 
 
+Contenders = dict[str, dict[str, Any]]  # of a row, by name
+
+
 def goals(table: dict[str, Any]) -> list[Goal]:
-    """The project's goals for an H100-class GPU; half precision, batch 1 but for upsampling."""
+    """The project's goals for an H100-class GPU; half precision, batch 1 but for upsampling.
+
+    The low-rank form through SDPA is what `auto` runs where the Triton kernels are not taken.
+    """
     found = []
     for operation, width, value_width, training, needed in ATTENTION_GOALS:
-        ratio, fastest = _against_sdpa(table, operation, width, value_width, training)
+        fields = {"operation": operation, "width": width, "value_width": value_width, "training": training}
+        row = _contenders(table.get("rows", {}), fields | {"batch": 1})
         what = "forward + backward" if training else "forward"
         forms = ", plain or low rank" if operation == "external" else ""
         text = f"{operation} ({width}, {value_width}) {what}, times the fastest SDPA{forms}"
-        found.append(Goal(text, needed, ratio, alternative=fastest))
-    times = {n: c["ms"] for n, c in _contenders(table, "decoder", "256, 150, inference").items() if "ms" in c}
+        found.append(Goal(text, needed, *_ratio(row, "ours (triton)", "sdpa")))
+    decoder = table.get("decoder", {})
+    folded = decoder.get("256, 150, inference", {}).get("contenders", {})
     for name, first_words, needed in (
         ("textbook eager", "textbook", 10.0),
         ("the faster one through SDPA, plain or low rank, unfolded", "sdpa, unfolded", 1.4),
     ):
-        ratio, fastest = _ratio(times, "folded", first_words)
         text = f"whole folded decoder (256, 150), times {name}"
-        found.append(Goal(text, needed, ratio, alternative=fastest))
-    peaks = _contenders(table, "decoder", "256, 150, training memory")
-    peaks = {name: c["peak_mib"] for name, c in peaks.items() if c.get("peak_mib")}
-    ratio = peaks["unfolded"] / peaks["segformer"] if {"unfolded", "segformer"} <= set(peaks) else None
+        found.append(Goal(text, needed, *_ratio(folded, "folded", first_words)))
+    peaks = decoder.get("256, 150, training memory", {}).get("contenders", {})
+    ratio, _ = _ratio(peaks, "segformer", "unfolded", of="peak_mib")
     found.append(Goal("peak memory of forward + backward, times SegFormer's", 2.0, ratio, at_most=True))
     return found + _upsampling_goals(table)
 
 
 def _upsampling_goals(table: dict[str, Any]) -> list[Goal]:
     """Of 150 classes in half precision, batch 16, against the two textbook lines."""
-    loss = _upsampling_ratios(table, "loss", training=True)
-    argmax = _upsampling_ratios(table, "argmax", training=False)
-    best = min((argmax[name] for name in ("eager", "torch.compile") if name in argmax), default=None)
+    halves = {n: row for n, row in table.get("upsampling", {}).items() if row.get("dtype") != "torch.float32"}
+    loss = _contenders(halves, {"operation": "loss", "num_classes": 150, "training": True})
+    argmax = _contenders(halves, {"operation": "argmax", "num_classes": 150, "training": False})
+    timed = {name: c for name, c in loss.items() if "ms" in c}
+    ours, compiled = "ours (triton)", "torch.compile"
+    what = "upsampled loss, forward + backward, times"
+    memory, _ = _ratio(timed, "eager", ours, of="peak_mib")
     return [
-        Goal("upsampled loss, extra memory, times eager", 0.05, loss.get("memory"), at_most=True),
-        Goal("upsampled loss, forward + backward, times eager", 2.0, loss.get("eager")),
-        Goal("upsampled loss, forward + backward, times torch.compile", 2.0, loss.get("torch.compile")),
-        Goal("upsampled argmax, times the faster of eager and torch.compile", 3.0, best),
+        Goal("upsampled loss, extra memory, times eager", 0.05, memory, at_most=True),
+        Goal(f"{what} eager", 2.0, _ratio(loss, ours, "eager")[0]),
+        Goal(f"{what} torch.compile", 2.0, _ratio(loss, ours, compiled)[0]),
+        Goal(
+            "upsampled argmax, times the faster of eager and torch.compile",
+            3.0,
+            _ratio(argmax, ours, ("eager", compiled))[0],
+        ),
     ]
 
 
-def _upsampling_ratios(table: dict[str, Any], operation: str, *, training: bool) -> dict[str, float]:
-    """How many times faster than each contender ours is, and how its peak memory compares to eager's."""
-    for row in table.get("upsampling", {}).values():
-        if "contenders" not in row or row["dtype"] == "torch.float32":
-            continue
-        if (row["operation"], row["num_classes"], row["training"]) != (operation, 150, training):
-            continue
-        timed = {name: c for name, c in row["contenders"].items() if "ms" in c}
-        if (ours := timed.get("ours (triton)")) is None:
-            return {}
-        ratios = {name: c["ms"] / ours["ms"] for name, c in timed.items()}
-        if ours["peak_mib"] and timed.get("eager", {}).get("peak_mib"):
-            ratios["memory"] = ours["peak_mib"] / timed["eager"]["peak_mib"]
-        return ratios
+def _contenders(rows: dict[str, Any], wanted: dict[str, Any]) -> Contenders:
+    """Those of the first row with these fields that was measured."""
+    for row in rows.values():
+        if "contenders" in row and wanted.items() <= row.items():
+            return dict(row["contenders"])
     return {}
 
 
-def _contenders(table: dict[str, Any], section: str, name: str) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = table.get(section, {}).get(name, {}).get("contenders", {})
-    return found
-
-
-def _against_sdpa(
-    table: dict[str, Any], operation: str, width: int, value_width: int, training: bool
+def _ratio(
+    contenders: Contenders, ours: str, first_words: str | tuple[str, ...], *, of: str = "ms"
 ) -> tuple[float | None, str]:
-    """How many times faster ours is than the fastest SDPA of any form, and which that is.
-
-    The low-rank form through SDPA is what `auto` runs where the Triton kernels are not taken.
-    """
-    wanted = (operation, width, value_width, training, 1)
-    fields = ("operation", "width", "value_width", "training", "batch")
-    for row in table.get("rows", {}).values():
-        if "contenders" not in row or tuple(row[field] for field in fields) != wanted:
-            continue
-        timed = {name: c["ms"] for name, c in row["contenders"].items() if "ms" in c}
-        return _ratio(timed, "ours (triton)", "sdpa")
-    return None, ""
-
-
-def _ratio(times: dict[str, float], ours: str, first_words: str) -> tuple[float | None, str]:
     """How many times faster ours is than the fastest of those whose names begin so, and which that is."""
-    alternatives = {name: ms for name, ms in times.items() if name.startswith(first_words)}
-    if ours not in times or not alternatives:
+    numbers = {name: c[of] for name, c in contenders.items() if c.get(of)}
+    alternatives = {name: number for name, number in numbers.items() if name.startswith(first_words)}
+    if ours not in numbers or not alternatives:
         return None, ""
     fastest = min(alternatives, key=alternatives.__getitem__)
-    return alternatives[fastest] / times[ours], fastest
+    return alternatives[fastest] / numbers[ours], fastest
 
 
 def goals_lines(table: dict[str, Any]) -> list[str]:

@@ -15,17 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.contenders import Judge
 from benchmarks.machine import Machine
-from benchmarks.phases import Contender, Session, know_ceilings, measure_contenders, measure_rows
-from segdeformer.kernels.impl import Impl
-from segdeformer.kernels.tuning.cases import MAP_PX, SCALE, loss_step, make_loss_task, step
+from benchmarks.phases import (
+    Contender,
+    Judge,
+    Session,
+    kind_name,
+    know_ceilings,
+    measure_contenders,
+    measure_rows,
+)
+from segdeformer.kernels.tuning.cases import MAP_PX, SCALE, UpsamplingInputs, make_loss_task
 from segdeformer.kernels.tuning.crew import COMPILE_PATIENCE_S, EXACT_PATIENCE_S, stage
-from segdeformer.kernels.tuning.judge import LossTask, expected_argmax, expected_loss, judge
-from segdeformer.kernels.upsample.argmax import upsample_argmax
-from segdeformer.kernels.upsample.cross_entropy import upsample_cross_entropy
+from segdeformer.kernels.tuning.judge import expected_argmax, expected_loss, judge
 
-ROW_SECONDS = 0.6
 FULL_SIZE_COPIES = 5  # that the two lines may hold at once: logits, log-softmax, gradients
 # Batch, classes, sides of map and image.
 SHAPES = tuple((batch, k, MAP_PX[k], SCALE * MAP_PX[k]) for batch, k in ((16, 150), (4, 19)))
@@ -46,10 +49,8 @@ class UpsamplingRow(NamedTuple):
 
     @property
     def name(self) -> str:
-        dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[self.dtype]
-        what = "forward + backward" if self.training else "forward"
         shape = f"({self.batch}, {self.num_classes}, {self.map_px} -> {self.image_px})"
-        return f"{self.operation} {shape} {dtype} {what}"
+        return f"{self.operation} {shape} {kind_name(self.dtype, training=self.training)}"
 
     @property
     def full_bytes(self) -> int:
@@ -88,28 +89,20 @@ def two_lines(row: UpsamplingRow, logits_BKhw: Tensor, labels_BHW: Tensor) -> Te
     return full_BKHW.argmax(dim=1)
 
 
-def ours(row: UpsamplingRow, logits_BKhw: Tensor, labels_BHW: Tensor, *, impl: Impl) -> Tensor:
-    if row.operation == "loss":
-        return upsample_cross_entropy(logits_BKhw, labels_BHW, impl=impl)
-    height, width = labels_BHW.shape[1:]
-    return upsample_argmax(logits_BKhw, (height, width), impl=impl).ids_BHW
-
-
-def contenders(row: UpsamplingRow, task: LossTask, right: Judge, machine: Machine) -> Iterator[Contender]:
+def contenders(
+    row: UpsamplingRow, inputs: UpsamplingInputs, right: Judge, machine: Machine
+) -> Iterator[Contender]:
     """Who computes the row from logits and labels; ours first."""
     torch.compiler.reset()  # it gives up on a function that it compiled for too many shapes
     backend = "eager" if machine.is_rehearsal else "inductor"
     textbook = partial(two_lines, row)
-    for name, function in (
-        ("ours (triton)", partial(ours, row, impl="triton")),
-        ("ours (strips)", partial(ours, row, impl="sdpa")),  # any name that is not theirs takes the strips
-        ("eager", textbook),
-        ("torch.compile", torch.compile(textbook, dynamic=False, fullgraph=True, backend=backend)),
+    compiled = torch.compile(textbook, dynamic=False, fullgraph=True, backend=backend)
+    for name, run, needs_bytes in (
+        ("ours (triton)", inputs.step("triton"), 0),
+        ("ours (strips)", inputs.step("sdpa"), 0),  # any name that is not theirs takes the strips
+        ("eager", inputs.step_of(textbook), FULL_SIZE_COPIES * row.full_bytes),
+        ("torch.compile", inputs.step_of(compiled), FULL_SIZE_COPIES * row.full_bytes),
     ):
-        run = step(function, (task.logits_BKhw, task.labels_BHW), None)
-        if row.operation == "loss":
-            run = loss_step(task, function, training=row.training)
-        needs_bytes = 0 if name.startswith("ours") else FULL_SIZE_COPIES * row.full_bytes
         patience_s = COMPILE_PATIENCE_S if name == "torch.compile" else None
         work = {"least_gb_per_s": row.least_bytes / 1e6}
         yield Contender(name, run, right, {}, needs_bytes, patience_s, work)
@@ -121,12 +114,17 @@ def measure(row: UpsamplingRow, machine: Machine, without: Mapping[str, str]) ->
     size, full = (row.map_px,) * 2, (row.image_px,) * 2
     task = make_loss_task(row.batch, row.num_classes, size, full, dtype=row.dtype, device=machine.device)
     if row.operation == "loss":
-        right = expected_loss(task)
+        inputs, right = UpsamplingInputs(task, "upsample_cross_entropy", row.training), expected_loss(task)
     else:
-        right = expected_argmax(task.logits_BKhw, eager_ids=two_lines(row, task.logits_BKhw, task.labels_BHW))
-    named = contenders(row, task, partial(judge, expected=right), machine)
-    entries = measure_contenders(named, machine, without, seconds=ROW_SECONDS)
-    return {**row._asdict(), "dtype": str(row.dtype), "contenders": entries}
+        inputs = UpsamplingInputs(task, "upsample_argmax")
+        eager_ids = two_lines(row, task.logits_BKhw, task.labels_BHW)
+        right = expected_argmax(task.logits_BKhw, eager_ids=eager_ids)
+    named = contenders(row, inputs, partial(judge, expected=right), machine)
+    return {
+        **row._asdict(),
+        "dtype": str(row.dtype),
+        "contenders": measure_contenders(named, machine, without),
+    }
 
 
 def run(session: Session, wanted: Iterable[UpsamplingRow]) -> int:

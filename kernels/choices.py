@@ -15,7 +15,6 @@ B batch, N queries, M keys, K classes, HW output.
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,12 +27,28 @@ from segdeformer.kernels.tiles import (
     forget_tables,
     gpu_slug,
     padded_width,
+    read_table,
     size_class,
     tuned_for,
     user_tuned,
 )
 
 Operation = Literal["attention", "external_attention", "upsample_cross_entropy", "upsample_argmax"]
+
+
+class Kind(NamedTuple):
+    """What is asked about, but for its size."""
+
+    operation: str
+    width: int  # of queries and keys, as the model has it
+    value_width: int
+    element_bytes: int
+    training: bool  # forward + backward, else forward
+
+    @property
+    def padded(self) -> Kind:
+        """As the kernels have it."""
+        return self._replace(width=padded_width(self.width), value_width=padded_width(self.value_width))
 
 
 class Choice(NamedTuple):
@@ -52,15 +67,10 @@ class Choice(NamedTuple):
     def triton_wins(self) -> bool:
         return self.triton_ms < self.alternative_ms
 
-    def serves(
-        self, operation: str, width: int, value_width: int, element_bytes: int, training: bool
-    ) -> bool:
+    def serves(self, kind: Kind) -> bool:
         """Whether it was run with these widths, after padding."""
-        mine = (self.operation, padded_width(self.width), padded_width(self.value_width))
-        if max(width, value_width) > LARGEST_WIDTH:
-            return False
-        asked = (operation, padded_width(width), padded_width(value_width))
-        return mine == asked and (self.element_bytes, self.training) == (element_bytes, training)
+        fits = max(kind.width, kind.value_width) <= LARGEST_WIDTH
+        return fits and Kind(*self[:5]).padded == kind.padded
 
     def row(self) -> dict[str, Any]:
         """As a file has it."""
@@ -101,7 +111,7 @@ def measured_choices(device: torch.device) -> list[Choice]:
     name = torch.cuda.get_device_name(device)
     if name in _AGREED:
         return _AGREED[name]
-    return tuned_choices(device) + read_choices(read_auto(name).get("choices", []))
+    return tuned_choices(device) + read_choices(read_table(auto_path(name), {}).get("choices", []))
 
 
 def tuned_choices(device: torch.device) -> list[Choice]:
@@ -114,30 +124,14 @@ def auto_path(gpu: str) -> Path:
     return user_tuned() / f"{gpu_slug(gpu)}.auto.json"
 
 
-def read_auto(gpu: str) -> dict[str, Any]:
-    """What commands compared on GPUs of this name; nothing if the file is damaged: it is made again."""
-    try:
-        table = json.loads(auto_path(gpu).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return table if isinstance(table, dict) else {}
-
-
-def answers_by_class(
-    choices: Sequence[Choice],
-    operation: str,
-    width: int,
-    value_width: int,
-    element_bytes: int,
-    training: bool,
-) -> dict[int, bool]:
+def answers_by_class(choices: Sequence[Choice], kind: Kind) -> dict[int, bool]:
     """Whether ours is faster, for every size class for which something can be said.
 
     A class with no comparison of its own takes the next smaller one's, else the next larger one's.
     """
     own: dict[int, bool] = {}
     for choice in choices:
-        if choice.serves(operation, width, value_width, element_bytes, training):
+        if choice.serves(kind):
             own.setdefault(size_class(choice.size), choice.triton_wins)
     larger = {c - 1: wins for c, wins in own.items()}
     smaller = {c + 1: wins for c, wins in own.items()}
@@ -145,16 +139,13 @@ def answers_by_class(
 
 
 @functools.cache
-def switches(
-    device: str, operation: str, width: int, value_width: int, element_bytes: int, training: bool
-) -> tuple[int, ...]:
+def switches(device: str, kind: Kind) -> tuple[int, ...]:
     """Sizes at which the faster one changes: PyTorch below the first, ours from there on, and so forth.
 
     Empty where nothing was measured. A compiled graph with these numbers in it asks for no more about its
     sizes than on which side of them it is.
     """
-    choices = measured_choices(torch.device(device))
-    answers = answers_by_class(choices, operation, width, value_width, element_bytes, training)
+    answers = answers_by_class(measured_choices(torch.device(device)), kind)
     found, ours = [], False
     for c in range(max(answers, default=-1) + 2):
         if answers.get(c, False) != ours:

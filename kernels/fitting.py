@@ -19,7 +19,7 @@ from triton.errors import TritonError
 from segdeformer.errors import KernelError
 from segdeformer.files import WriteError, write_text
 from segdeformer.kernels.launch import Launch, failure, kernel_sources
-from segdeformer.kernels.tiles import Tile, gpu_slug, user_cache
+from segdeformer.kernels.tiles import Tile, gpu_slug, read_table, user_cache
 
 LEAST_BLOCK = 16  # of the matrix instructions
 FEW_SCORES = 2048  # of a program: four warps have enough of them
@@ -90,12 +90,7 @@ class _Answers:
         self.header = {"triton": triton.__version__, "sources": kernel_sources()}
 
     def _read(self) -> dict[str, list[Any]]:
-        try:
-            table = json.loads(self.path.read_text("utf-8"))
-            current = {key: table.get(key) for key in self.header} == self.header
-            return dict(table["instead"]) if current else {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}  # absent, or damaged: found again
+        return dict(read_table(self.path, self.header).get("instead", {}))
 
     def get(self, wanted: Launch) -> Tile | None:
         found = self._read().get(_question(wanted))

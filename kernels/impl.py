@@ -9,12 +9,12 @@ import contextlib
 import contextvars
 import importlib.util
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from segdeformer.kernels.choices import Operation, measured_choices, switches
+from segdeformer.kernels.choices import Kind, Operation, measured_choices, switches
 from segdeformer.kernels.tiles import architecture_of
 
 Impl = Literal["auto", "triton", "sdpa", "blocks", "reference"]
@@ -28,7 +28,7 @@ LEAST_SCORES_FOR_BLOCKS = 2**22
 class Call(NamedTuple):
     """What an operation was called with when `auto` was to decide."""
 
-    operation: Operation
+    operation: str
     width: int  # D or K
     value_width: int  # E or K
     element_bytes: int
@@ -103,53 +103,42 @@ def choose_impl(
         return impl
     check_impl(impl)
     (batch, num_queries, width), num_keys = queries_BND.shape, keys_BMD.shape[1]
-    value_width, element_bytes = values_BME.shape[2], queries_BND.element_size()
     training = torch.is_grad_enabled()
-    if (calls := _listener()) is not None:
-        sizes = (num_queries,), (num_keys,)
-        calls.append(Call(operation, width, value_width, element_bytes, training, batch, *sizes))
-    if queries_BND.device.type == "cuda":
-        place, size = str(queries_BND.device), batch * num_queries * num_keys
-        faster = _faster_on_gpu(place, operation, width, value_width, element_bytes, training, size)
-        return "triton" if faster else "sdpa"
+    kind = Kind(operation, width, values_BME.shape[2], queries_BND.element_size(), training)
+    device, num_scores = queries_BND.device, batch * num_queries * num_keys
+    if _ours_is_faster(device, kind, num_scores, batch, (num_queries,), (num_keys,)):
+        return "triton"
     large = num_queries * num_keys >= LEAST_SCORES_FOR_BLOCKS
     plain = queries_BND.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    on_cpu = queries_BND.device.type == "cpu"
-    return "blocks" if on_cpu and large and plain and not training else "sdpa"
+    return "blocks" if device.type == "cpu" and large and plain and not training else "sdpa"
 
 
-def _faster_on_gpu(
-    device: str,
-    operation: Operation,
-    width: int,
-    value_width: int,
-    element_bytes: int,
-    training: bool,
-    size: int,
+def _ours_is_faster(
+    device: torch.device, kind: Kind, size: int, batch: int, source: tuple[int, ...], target: tuple[int, ...]
 ) -> bool:
+    """What `auto` goes by; the call is noted where somebody listens."""
+    if not torch.compiler.is_compiling() and (calls := _noting.get()) is not None:
+        calls.append(Call(*kind, batch, source, target))
+    return device.type == "cuda" and _faster_on_gpu(str(device), kind, size)
+
+
+def _faster_on_gpu(device: str, kind: Kind, size: int) -> bool:
     """Whether our kernels are. In a compiled graph size may be a symbol, and the answer a guard on it."""
     ours = False
-    for switch in _switches(device, operation, width, value_width, element_bytes, training):
+    for switch in _switches(device, *kind):
         if size < switch:
             break
         ours = not ours
     return ours
 
 
-def _switches(
-    device: str, operation: Operation, width: int, value_width: int, element_bytes: int, training: bool
-) -> tuple[int, ...]:
-    return switches(device, operation, width, value_width, element_bytes, training)
+def _switches(device: str, *kind: Any) -> tuple[int, ...]:
+    return switches(device, Kind(*kind))
 
 
 # torch.compile takes the answer as it stands, and does not look into files. This is all that
 # torch.compiler.assume_constant_result does, but for importing the compiler, 150 MiB and 2 s.
 _switches._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _listener() -> list[Call] | None:
-    """Where a call is to be noted, if it is."""
-    return None if torch.compiler.is_compiling() else _noting.get()
 
 
 def choose_upsampling(
@@ -166,13 +155,11 @@ def choose_upsampling(
     if impl == "auto":
         batch, num_classes, height, width = logits_BKhw.shape
         element_bytes, training = logits_BKhw.element_size(), operation == "upsample_cross_entropy"
-        kind = operation, num_classes, num_classes, element_bytes, training
-        if (calls := _listener()) is not None:
-            calls.append(Call(*kind, batch, (height, width), (size[0], size[1])))
-        if logits_BKhw.device.type == "cuda":
-            values = batch * num_classes * size[0] * size[1]
-            if _faster_on_gpu(str(logits_BKhw.device), *kind, values):
-                return "triton"
+        kind = Kind(operation, num_classes, num_classes, element_bytes, training)
+        full = size[0], size[1]
+        values = batch * num_classes * full[0] * full[1]
+        if _ours_is_faster(logits_BKhw.device, kind, values, batch, (height, width), full):
+            return "triton"
     return "strips"
 
 

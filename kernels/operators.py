@@ -6,7 +6,7 @@ layer below them: those two add to forward + backward about as much as our kerne
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,22 +25,46 @@ def define_operator(
     return operator
 
 
-def define_gradient(
-    operator: torch._ops.OpOverload, backward: Callable[..., tuple[Tensor, ...]]
+def define_with_gradient(
+    name: str,
+    inputs: Sequence[str],
+    run: Callable[..., Any],
+    shapes: Callable[..., Any],
+    backward: Callable[..., tuple[Tensor, ...]],
 ) -> Callable[..., Any]:
-    """Give an operator of tensors and a last number, with outputs (result, log-sum-exp), its gradient.
+    """Register an operator of these tensors and a scale, which gives (result, log-sum-exp), and its gradient.
 
-    backward: of the input tensors, the two outputs, the result's gradient and the number; gives the gradients
+    backward: of the input tensors, the two outputs, the result's gradient and the scale; gives the gradients
     of the input tensors. The log-sum-exp has none.
     """
+    tensors = ", ".join(f"Tensor {tensor}" for tensor in inputs)
+    operator = define_operator(name, f"({tensors}, float scale) -> (Tensor, Tensor)", run, shapes)
+    grads = ", ".join(["Tensor"] * len(inputs))
+    given = f"({tensors}, Tensor out, Tensor lse, Tensor grad_out, float scale)"
+    backward_operator = define_operator(
+        f"{name}_backward",
+        f"{given} -> ({grads})",
+        backward,
+        lambda *given: empty_like(*given[: len(inputs)]),
+    )
+    return _differentiable(operator, backward_operator)
 
+
+def empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous, unlike those of torch.empty_like."""
+    return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
+
+
+def _differentiable(
+    operator: torch._ops.OpOverload, backward: Callable[..., tuple[Tensor, ...]]
+) -> Callable[..., Any]:
     class WithGradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
                 result, lse = operator(*inputs)
             ctx.save_for_backward(*inputs[:-1], result, lse)
-            ctx.number = inputs[-1]
+            ctx.scale = inputs[-1]
             ctx.mark_non_differentiable(lse)
             ctx.set_materialize_grads(False)  # or the log-sum-exp's would be made, of zeros
             return result, lse
@@ -49,7 +73,7 @@ def define_gradient(
         def backward(ctx: Any, grad: Any, _: Any) -> Any:
             if torch.is_grad_enabled():
                 raise RuntimeError(f"{operator.name()} has no second derivatives; use impl `reference`")
-            return *backward(*ctx.saved_tensors, grad, ctx.number), None
+            return *backward(*ctx.saved_tensors, grad, ctx.scale), None
 
     def autograd(*inputs: Any) -> Any:
         if torch.is_grad_enabled():

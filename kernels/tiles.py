@@ -20,6 +20,7 @@ import functools
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -244,3 +245,21 @@ def read_tiles(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is not valid JSON ({error}); delete it and run `segdeformer bench --tune`"
         ) from None
+
+
+def read_table(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON file with this header; nothing if it is absent, damaged or of another: it is made again."""
+    try:
+        table = json.loads(path.read_text("utf-8"))
+        return table if header.items() <= table.items() else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def rows_in_lines(table: dict[str, Any]) -> str:
+    """As JSON, its lists of numbers in a line each."""
+    return re.sub(r"\[\s+([^][{}]*?)\s+\]", _one_line, json.dumps(table, indent=1)) + "\n"
+
+
+def _one_line(found: re.Match[str]) -> str:
+    return "[" + " ".join(found.group(1).split()) + "]"

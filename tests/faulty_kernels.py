@@ -3,7 +3,7 @@
 import torch
 from faulty import FAULTS
 
-from benchmarks import checks, kernels
+from benchmarks import attention, checks
 from segdeformer.kernels.launch import Launch
 from segdeformer.kernels.tuning.search import measure_tiles
 
@@ -53,8 +53,8 @@ def spoiled_gpu():
 
 
 def compare_with_faults(faults, row, machine, without):
-    """`kernels.measure`, but the contenders of these names go wrong; `` stands for the exact results."""
-    honest, exact = kernels.contenders, kernels.expected
+    """`attention.measure`, but the contenders of these names go wrong; `` stands for the exact results."""
+    honest, exact = attention.contenders, attention.expected
 
     def contenders(*arguments):
         for contender in honest(*arguments):
@@ -66,11 +66,11 @@ def compare_with_faults(faults, row, machine, without):
             FAULTS[faults[""]]()
         return exact(*arguments)
 
-    kernels.contenders, kernels.expected = contenders, expected
+    attention.contenders, attention.expected = contenders, expected
     try:
-        return kernels.measure(row, machine, without)
+        return attention.measure(row, machine, without)
     finally:
-        kernels.contenders, kernels.expected = honest, exact
+        attention.contenders, attention.expected = honest, exact
 
 
 class Fault:

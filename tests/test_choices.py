@@ -12,6 +12,7 @@ from segdeformer.kernels import choices, tiles
 from segdeformer.kernels import impl as impl_module
 from segdeformer.kernels.choices import (
     Choice,
+    Kind,
     agree,
     answers_by_class,
     auto_path,
@@ -25,7 +26,7 @@ from segdeformer.kernels.tiles import Tile, choose_tile, size_class
 from segdeformer.kernels.tuning.cases import decoder_comparisons
 
 GPU = torch.device("cuda", 0)
-KIND = ("attention", 256, 256, 2, True)
+KIND = Kind("attention", 256, 256, 2, True)
 
 
 def choice(size, *, wins, kind=KIND):
@@ -66,7 +67,7 @@ def test_a_size_class_is_the_rounded_logarithm_to_base_four(size, expected):
 
 def test_a_comparison_serves_its_class_and_those_beside_it_that_have_none():
     few_and_many = [choice(2**20, wins=False), choice(2**28, wins=True)]  # classes 10 and 14
-    assert answers_by_class(few_and_many, *KIND) == {
+    assert answers_by_class(few_and_many, KIND) == {
         9: False,
         10: False,
         11: False,
@@ -76,10 +77,10 @@ def test_a_comparison_serves_its_class_and_those_beside_it_that_have_none():
     }
     # Between two, the smaller one's; and of two in one class the first.
     close = [choice(2**24, wins=False), choice(2**28, wins=True), choice(2**28, wins=False)]
-    assert answers_by_class(close, *KIND)[13] is False
-    assert answers_by_class(close, *KIND)[14] is True
-    assert answers_by_class(close, "attention", 256, 256, 2, False) == {}
-    assert answers_by_class(close, "attention", 250, 256, 2, True)[14] is True  # the same after padding
+    assert answers_by_class(close, KIND)[13] is False
+    assert answers_by_class(close, KIND)[14] is True
+    assert answers_by_class(close, Kind("attention", 256, 256, 2, False)) == {}
+    assert answers_by_class(close, Kind("attention", 250, 256, 2, True))[14] is True  # the same after padding
 
 
 def test_auto_asks_for_the_size_of_the_problem_and_not_for_widths_alone(gpu):
@@ -96,7 +97,7 @@ def test_auto_asks_for_the_size_of_the_problem_and_not_for_widths_alone(gpu):
     assert chosen(1, 1024, 1024) == "sdpa"
     with torch.no_grad():
         assert chosen(1, 16384, 16384) == "sdpa"  # measured in training only
-    assert switches(str(GPU), *KIND) == (2**25, 2**31)
+    assert switches(str(GPU), KIND) == (2**25, 2**31)
 
 
 def test_upsampling_is_asked_for_by_its_output(gpu):
@@ -114,14 +115,14 @@ def test_the_decoder_s_comparisons_leave_no_common_batch_without_an_answer():
     for num_pixels, num_keys in ((16384, 16384), (16384, 1024), (1024, 1024)):
         for batch in (2, 4, 8, 16):
             place = size_class(batch * num_pixels * num_keys)
-            assert place in answers_by_class(measured, *KIND), (num_pixels, num_keys, batch)
+            assert place in answers_by_class(measured, KIND), (num_pixels, num_keys, batch)
         for kind in (("attention", 256, 256, 2, False), ("attention", 256, 150, 2, False)):
-            assert size_class(num_pixels * num_keys) in answers_by_class(measured, *kind)
+            assert size_class(num_pixels * num_keys) in answers_by_class(measured, Kind(*kind))
     for batch in (1, 2, 4, 8, 16):
         place = size_class(batch * 16384**2)
-        assert place in answers_by_class(measured, "external_attention", 150, 150, 2, True)
+        assert place in answers_by_class(measured, Kind("external_attention", 150, 150, 2, True))
         place = size_class(batch * 150 * 512 * 512)
-        assert place in answers_by_class(measured, "upsample_cross_entropy", 150, 150, 2, True)
+        assert place in answers_by_class(measured, Kind("upsample_cross_entropy", 150, 150, 2, True))
 
 
 def test_a_compiled_graph_is_made_anew_only_where_the_answer_changes(gpu):
@@ -129,7 +130,7 @@ def test_a_compiled_graph_is_made_anew_only_where_the_answer_changes(gpu):
 
     def chosen(x, kind=KIND):
         size = x.shape[0] * x.shape[1] * x.shape[1]
-        return x + 1 if impl_module._faster_on_gpu(str(GPU), *kind, size) else x - 1
+        return x + 1 if impl_module._faster_on_gpu(str(GPU), kind, size) else x - 1
 
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(chosen, fullgraph=True, backend=counter)

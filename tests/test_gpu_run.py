@@ -13,7 +13,7 @@ import faulty_kernels
 import pytest
 import torch
 
-from benchmarks import checks, contenders, gpu, kernels, phases, report
+from benchmarks import attention, checks, gpu, phases, report
 from benchmarks import machine as machine_module
 from benchmarks.machine import Machine, this_machine, timings
 from benchmarks.phases import Session
@@ -87,7 +87,7 @@ def test_a_case_that_kills_hangs_or_spoils_its_process_is_named_and_the_rest_is_
 
 
 def test_a_contender_that_goes_wrong_is_named_and_the_others_are_timed_without_it(session):
-    (row,) = kernels.first_rows(session.machine)[2:3]
+    (row,) = attention.first_rows(session.machine)[2:3]
     row = row._replace(width=16, value_width=16)
     faults = {"ours (triton)": "hangs", "sdpa math": "is killed", "textbook eager": "raises"}
     measure = functools.partial(faulty_kernels.compare_with_faults, faults)
@@ -104,7 +104,7 @@ def test_a_contender_that_goes_wrong_is_named_and_the_others_are_timed_without_i
 
 
 def test_a_row_that_breaks_is_tried_once_more_in_the_next_run_after_the_others(session, capsys):
-    rows = {row.name: row for row in kernels.first_rows(session.machine)[2:4]}
+    rows = {row.name: row for row in attention.first_rows(session.machine)[2:4]}
     bad, good = rows
     found = session.records.section("rows")
     broken = functools.partial(faulty_kernels.compare_with_faults, {"": "exits"})
@@ -122,7 +122,7 @@ def test_a_row_that_breaks_is_tried_once_more_in_the_next_run_after_the_others(s
 
 
 def test_a_row_is_measured_again_when_its_tiles_have_changed(session, capsys):
-    rows = {row.name: row for row in kernels.first_rows(session.machine)[2:4]}
+    rows = {row.name: row for row in attention.first_rows(session.machine)[2:4]}
     run = functools.partial(
         phases.measure_rows, session, "rows", rows, faulty_kernels.quick, describe=lambda name, entry: name
     )
@@ -177,7 +177,7 @@ def test_flex_attention_is_compiled_for_every_shape(monkeypatch):
         return graph.forward
 
     for place in range(10):  # PyTorch gives up after eight
-        compiled = contenders.compiled_flex(backend)
+        compiled = attention.compiled_flex(backend)
         q = torch.randn(1, 1, 8 + 8 * place, 16)
         assert compiled(q, q, q).shape == q.shape
         assert len(seen) == place + 1
@@ -266,12 +266,12 @@ def test_there_are_rows_for_few_keys_and_for_small_maps():
     machine = Machine(torch.device("cuda", 0), "a GPU", (*halves, torch.float32), halves, None)
     found = {
         (row.width, row.value_width, row.num_pixels, row.num_keys, row.training)
-        for row in kernels.first_rows(machine)
+        for row in attention.first_rows(machine)
     }
     for keys in (1024, 256):
         assert (256, 256, 16384, keys, False) in found
         assert (256, 256, 16384, keys, True) in found
         assert (256, 150, 16384, keys, False) in found
     assert {(256, 256, 1024, 1024, training) for training in (False, True)} <= found
-    names = [row.name for row in [*kernels.first_rows(machine), *kernels.further_rows(machine)]]
+    names = [row.name for row in [*attention.first_rows(machine), *attention.further_rows(machine)]]
     assert len(set(names)) == len(names)

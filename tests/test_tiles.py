@@ -9,7 +9,7 @@ import torch
 from segdeformer.kernels import impl as impl_module
 from segdeformer.kernels import tiles
 from segdeformer.kernels.attention import attention, attention_reference
-from segdeformer.kernels.choices import Choice, forget_choices
+from segdeformer.kernels.choices import Choice, Kind, forget_choices
 from segdeformer.kernels.impl import check_impl, choose_impl, describe_impl
 from segdeformer.kernels.tiles import ARCHITECTURES, Tile, choose_tile, default_tile, split_width
 
@@ -144,7 +144,7 @@ def test_auto_takes_on_a_gpu_what_was_measured_faster(
 
 def test_a_compiled_graph_takes_the_choice_without_looking_into_files(measured):
     def chosen(x):
-        faster = impl_module._faster_on_gpu("cuda:0", "attention", 256, 150, 2, False, 64 * 64)
+        faster = impl_module._faster_on_gpu("cuda:0", Kind("attention", 256, 150, 2, False), 64 * 64)
         return x + 1 if faster else x - 1
 
     compiled = torch.compile(chosen, fullgraph=True, backend="eager")

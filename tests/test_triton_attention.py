@@ -18,6 +18,7 @@ from segdeformer.kernels import launch
 from segdeformer.kernels.attention import attention, attention_reference
 from segdeformer.kernels.attention import launch as attention_launches
 from segdeformer.kernels.attention import operator as attention_triton
+from segdeformer.kernels.attention.launch import attention_launch
 from segdeformer.kernels.tiles import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -138,18 +139,19 @@ def test_few_keys_held_on_chip_equal_the_loop_over_keys(num_keys):
     q, k, v = made(2, 200, 40), made(2, num_keys, 40, seed=1), made(2, num_keys, 70, seed=2)
     oracle = textbook(0.2)(*(x.double() for x in (q, k, v)))
     x = attention_launches.pad_operands(q, k, v, 0.2)
-    for make, tile in [
-        (attention_launches.few_keys_launch, Tile(32, 64, 4, 1)),
-        (attention_launches.forward_launch, Tile(32, 16, 4, 1)),
+    for kernel, tile in [
+        ("attention_forward_few_keys", Tile(32, 64, 4, 1)),
+        ("attention_forward", Tile(32, 16, 4, 1)),
     ]:
         out, lse = q.new_full((2, 200, 70), float("nan")), q.new_full((2, 200), float("nan"))
-        make(x, out, lse, tile=tile).run()
+        results = {"out": out, "lse": lse}
+        attention_launch(kernel, x, results, tile).run()
         assert_no_worse(out, textbook(0.2)(q, k, v), oracle)
         scores = (q.double() @ k.double().transpose(1, 2)) * 0.2
         torch.testing.assert_close(
             lse.double(), scores.logsumexp(-1) / torch.tensor(2.0).log(), atol=1e-5, rtol=1e-5
         )
-    assert attention_launches.few_keys_launch(x, out, lse, tile=Tile(32, num_keys - 1, 4, 1)) is None
+    assert attention_launch("attention_forward_few_keys", x, results, Tile(32, num_keys - 1, 4, 1)) is None
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(16, 16), (16, 64), (64, 32), (128, 128)])
@@ -158,7 +160,8 @@ def test_every_tile_gives_the_same_forward(queries, keys, tma):
     q, k, v = made(2, 100, 150), made(2, 77, 150, seed=1), made(2, 77, 48, seed=2)
     out, lse = q.new_full((2, 100, 48), float("nan")), q.new_full((2, 100), float("nan"))
     x = attention_launches.pad_operands(q, k, v, 0.1)
-    attention_launches.forward_launch(x, out, lse, tile=Tile(queries, keys, 4, 1, tma)).run()
+    tile = Tile(queries, keys, 4, 1, tma)
+    attention_launch("attention_forward", x, {"out": out, "lse": lse}, tile).run()
     oracle = textbook(0.1)(*(x.double() for x in (q, k, v)))
     assert_no_worse(out, textbook(0.1)(q, k, v), oracle)
 
@@ -253,7 +256,8 @@ def test_without_a_gpu_the_kernels_say_what_they_need(monkeypatch):
 def test_a_kernel_that_does_not_start_names_itself_shapes_tile_and_remedy():
     q = made(1, 20, 32)
     x = attention_launches.pad_operands(q, q, q, 1.0)
-    broken = attention_launches.forward_launch(x, q.clone(), q[..., 0].clone(), tile=Tile(24, 16, 4, 1))
+    results = {"out": q.clone(), "lse": q[..., 0].clone()}
+    broken = attention_launch("attention_forward", x, results, Tile(24, 16, 4, 1))
     with pytest.raises(launch.KernelError) as raised:
         broken.run()  # 24 is no power of two
     message = str(raised.value)

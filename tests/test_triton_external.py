@@ -14,7 +14,7 @@ from budget import (
 from test_triton_attention import DEVICE, DTYPES, made, poisoned_memory  # noqa: F401
 
 from segdeformer.kernels.external_attention import external_attention, external_attention_reference
-from segdeformer.kernels.external_attention.launch import external_forward_launch
+from segdeformer.kernels.external_attention.launch import external_launch
 from segdeformer.kernels.external_attention.operator import external_operands
 from segdeformer.kernels.external_attention.triton_forward import CUBIC, EXP2_OF_FOUR
 from segdeformer.kernels.tiles import Tile
@@ -113,7 +113,8 @@ def test_every_tile_gives_the_same(queries, keys, tma):
     scores, class_logits = made(1, 90, 150), made(1, 90, 150, seed=1)
     x = external_operands(scores, class_logits, 0.3)
     mixed, lse = torch.full_like(scores, float("nan")), scores.new_empty(1, 90)
-    external_forward_launch(x, mixed, lse, tile=Tile(queries, keys, 4, 1, tma)).run()
+    tile = Tile(queries, keys, 4, 1, tma)
+    external_launch("external_forward", x, {"out": mixed, "lse": lse}, tile).run()
     oracle = textbook(0.3)(scores.double(), class_logits.double())
     assert_no_worse(mixed, textbook(0.3)(scores, class_logits), oracle)
 
@@ -142,7 +143,7 @@ def test_few_classes_need_no_running_maximum_and_far_scores_keep_one(num_classes
     scores, class_logits = scores.to(dtype), 2 * made(2, 90, num_classes, seed=1)
     x = external_operands(scores, class_logits, 1.0)
     mixed, lse = torch.full_like(scores, float("nan")), torch.full((2, 90), float("nan"), device=DEVICE)
-    call = external_forward_launch(x, mixed, lse, tile=Tile(16, 32, 4, 1))
+    call = external_launch("external_forward", x, {"out": mixed, "lse": lse}, Tile(16, 32, 4, 1))
     assert call.name == "external_forward_narrow"
     call.run()
     oracle = textbook(1.0)(scores.double(), class_logits.double())

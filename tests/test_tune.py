@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from segdeformer.cli.main import app
 from segdeformer.errors import KernelError, UserError
 from segdeformer.kernels.attention import attention, attention_reference
-from segdeformer.kernels.choices import Choice, forget_choices, measured_choices
+from segdeformer.kernels.choices import Choice, Kind, forget_choices, measured_choices
 from segdeformer.kernels.launch import Launch
 from segdeformer.kernels.tiles import (
     ARCHITECTURES,
@@ -201,7 +201,7 @@ def test_what_was_measured_is_what_runs(tmp_path, monkeypatch):
     *_, compared = (e for e in events if isinstance(e, Compared))
     assert measured_choices(gpu) == [compared.choice]
     assert isinstance(compared.choice, Choice)
-    assert compared.choice.serves("attention", 32, 32, 2, training=True)
+    assert compared.choice.serves(Kind("attention", 32, 32, 2, True))
     form = json.loads(path.read_text())["backward"]["32x32"]["2"]
     assert form in ("fused", "chunks")
     on_gpu = SimpleNamespace(shape=(1, 48, 32), device=gpu, element_size=lambda: 2)

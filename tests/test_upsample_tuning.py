@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import check_upsampling, checks, report
-from benchmarks.gpu import check_groups
+from benchmarks import checks, report
+from benchmarks.checks import check_groups
 from benchmarks.machine import this_machine
 from benchmarks.upsampling import UpsamplingRow, measure
 from segdeformer.kernels.choices import Choice, agree, forget_choices
@@ -69,7 +69,7 @@ def test_a_kernel_that_is_wrong_loses_its_comparison_and_fails_its_checks(monkey
             ids[0, 1, 1] = (ids[0, 1, 1] + 1) % 2
 
     machine = this_machine()
-    group = check_upsampling.UpsamplingGroup((2, 2), (8, 8), torch.float32, (2,), check_upsampling.CASES[:2])
+    group = checks.UpsamplingGroup((2, 2), (8, 8), torch.float32, (2,), checks.CASES[:2])
     assert [case.failure for case in checks.check_group(checks.Part(group)) if case.failure] == []
     for broken, comparison, reason, case in [
         (one_loss_off, LOSS, "wrong loss: off by", "loss, 2 classes"),
@@ -129,7 +129,7 @@ def test_the_checks_cover_all_that_was_promised():
     assert {group.dtype for group in first} == {torch.bfloat16}
     groups = [*first, *further]
     assert len({group.name for group in groups}) == len(groups)
-    upsampling = [group for group in groups if isinstance(group, check_upsampling.UpsamplingGroup)]
+    upsampling = [group for group in groups if isinstance(group, checks.UpsamplingGroup)]
     for dtype in a_gpu().dtypes:
         of_dtype = [group for group in upsampling if group.dtype == dtype]
         usual = [group for group in of_dtype if group.full[1] / group.size[1] in (4.0, 683 / 171)]
@@ -141,7 +141,7 @@ def test_the_checks_cover_all_that_was_promised():
             assert {16.0, 1.0, 0.5} <= scales
             assert any(group.size == (1, 1) for group in of_dtype)
         for group in usual:
-            assert {case.layout for case in group.cases} == set(check_upsampling.LAYOUTS)
+            assert {case.layout for case in group.cases} == set(checks.LAYOUTS)
             assert {case.labels_dtype for case in group.cases} == {torch.uint8, torch.int64}
             assert {case.weighted for case in group.cases} == {True, False}
             assert {case.options.get("average", "valid") for case in group.cases} == {"valid", "all"}

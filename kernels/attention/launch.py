@@ -6,20 +6,15 @@ B batch, N queries, M keys, D key width, E value width; n queries of a chunk.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from segdeformer.kernels.attention.triton_backward import (
-    attention_backward_keys,
-    attention_backward_queries,
-    attention_weights_and_grads,
-    row_deltas,
-)
-from segdeformer.kernels.attention.triton_forward import attention_forward, attention_forward_few_keys
+from segdeformer.kernels.attention import triton_backward as backward
+from segdeformer.kernels.attention import triton_forward as forward
 from segdeformer.kernels.launch import Launch, dot_precision, padded_rows
 from segdeformer.kernels.tiles import Tile, choose_tile, padded_width, split_width
 
@@ -29,8 +24,21 @@ DELTA_ROWS = 16
 MOST_RAISED = 15  # the largest power of two in float16
 
 
+class Upstream(NamedTuple):
+    """What the backward needs besides queries, keys and values."""
+
+    grad_out: Tensor  # padded like the values
+    lse: Tensor
+    deltas: Tensor
+    unit: Tensor | None = None  # what 1 in grad_out and deltas stands for, a scalar; None: 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        unit = self.lse if self.unit is None else self.unit  # not looked at
+        return {"grad_out": self.grad_out, "lse": self.lse, "deltas": self.deltas, "unit": unit}
+
+
 class Operands(NamedTuple):
-    """Queries, keys and values, padded to the kernels' widths, and their real widths."""
+    """Queries, keys and values, padded to the kernels' widths, their real widths, and what a backward has."""
 
     queries: Tensor
     keys: Tensor
@@ -38,12 +46,17 @@ class Operands(NamedTuple):
     width: int
     value_width: int
     scale: float
+    keys_are_values: bool = False
+    upstream: Upstream | None = None
 
     def key(self) -> Hashable:
         """All that decides how kernels are called with these: see plans.start_kernel."""
         q, k, v = self.queries, self.keys, self.values
         shapes = q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride()
-        return shapes, q.dtype, dot_precision(q.dtype), self.width, self.value_width, self.scale
+        forward = shapes, q.dtype, dot_precision(q.dtype), self.width, self.value_width, self.scale
+        if self.upstream is None:
+            return forward
+        return forward, self.upstream.grad_out.stride(), self.upstream.unit is not None
 
     @property
     def num_queries(self) -> int:
@@ -61,12 +74,16 @@ class Operands(NamedTuple):
         return choose_tile(kernel, *widths, element_bytes, device, num_scores=num_scores)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"queries": self.queries, "keys": self.keys, "values": self.values}
+        inputs = {"queries": self.queries, "keys": self.keys, "values": self.values}
+        return inputs if self.upstream is None else {**inputs, **self.upstream.tensors()}
 
     def numbers(self) -> dict[str, int | float]:
+        named = {"query": self.queries, "key": self.keys, "value": self.values}
+        if self.upstream is not None:
+            named["grad"] = self.upstream.grad_out
         strides = {
             f"{name}{side}_stride": tensor.stride(dim)
-            for name, tensor in (("query", self.queries), ("key", self.keys), ("value", self.values))
+            for name, tensor in named.items()
             for dim, side in enumerate(("_batch", ""))
         }
         sizes = {"num_queries": self.num_queries, "num_keys": self.num_keys, "width": self.width}
@@ -87,6 +104,10 @@ class Operands(NamedTuple):
             "EVEN_KEYS": tile.block_keys > 0 and self.num_keys % tile.block_keys == 0,
             "BLOCK_QUERIES": tile.block_queries,
             "BLOCK_KEYS": tile.block_keys,
+            "KEYS_ARE_VALUES": self.keys_are_values,
+            "HAS_UNIT": self.upstream is not None and self.upstream.unit is not None,
+            "TMA": tile.tma,
+            "WARP_SPECIALIZE": tile.warp_specialize,
         }
 
     def query_blocks(self, tile: Tile) -> tuple[int, int]:
@@ -96,30 +117,6 @@ class Operands(NamedTuple):
     def key_blocks(self, tile: Tile) -> tuple[int, int]:
         """A grid of one program for each block of keys."""
         return triton.cdiv(self.num_keys, tile.block_keys), self.queries.shape[0]
-
-
-class Upstream(NamedTuple):
-    """What the backward needs besides the operands."""
-
-    grad_out: Tensor  # padded like the values
-    lse: Tensor
-    deltas: Tensor
-    unit: Tensor | None = None  # what 1 in grad_out and deltas stands for, a scalar; None: 1
-
-    @property
-    def has_unit(self) -> bool:
-        return self.unit is not None
-
-    def key(self, x: Operands) -> Hashable:
-        """All that decides how the backward's kernels are called: see plans.start_kernel."""
-        return x.key(), self.grad_out.stride(), self.has_unit
-
-    def tensors(self) -> dict[str, Tensor]:
-        unit = self.lse if self.unit is None else self.unit  # not looked at
-        return {"grad_out": self.grad_out, "lse": self.lse, "deltas": self.deltas, "unit": unit}
-
-    def numbers(self) -> dict[str, int | float]:
-        return {"grad_batch_stride": self.grad_out.stride(0), "grad_stride": self.grad_out.stride(1)}
 
 
 def raised(grad_out: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -139,67 +136,52 @@ def raised(grad_out: Tensor) -> tuple[Tensor, Tensor | None]:
 def pad_operands(queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, scale: float) -> Operands:
     """Operands as the kernels want them: views where they are so already, else padded copies."""
     width, value_width = queries_BND.shape[2], values_BME.shape[2]
-    return Operands(
-        padded_rows(queries_BND, padded_width(width)),
-        padded_rows(keys_BMD, padded_width(width)),
-        padded_rows(values_BME, padded_width(value_width)),
-        width,
-        value_width,
-        scale,
-    )
+    queries, keys = (padded_rows(tensor, padded_width(width)) for tensor in (queries_BND, keys_BMD))
+    values = padded_rows(values_BME, padded_width(value_width))
+    return Operands(queries, keys, values, width, value_width, scale)
 
 
-def forward_launch(
-    x: Operands, out: Tensor, lse: Tensor, *, keys_are_values: bool = False, tile: Tile
-) -> Launch:
-    """The forward over any number of keys; out (B, N, E) contiguous, lse (B, N) float32 in base 2."""
-    ways = {"KEYS_ARE_VALUES": keys_are_values, "TMA": tile.tma, "WARP_SPECIALIZE": tile.warp_specialize}
-    tensors = {**x.tensors(), "out": out, "lse": lse}
-    constants = {**x.constants(tile), **ways}
-    return Launch.of(attention_forward, x.query_blocks(tile), tile, tensors, x.numbers(), constants)
+def attention_launch(kernel: str, x: Operands, results: Mapping[str, Tensor], tile: Tile) -> Launch | None:
+    """A kernel's call, by its name, that writes these results; None where the tile is not for these sizes.
+
+    out (B, N, E), grad_queries, grad_keys and grad_values are contiguous, lse (B, N) float32 in base 2.
+    `attention_weights_and_grads` writes P and dS (no scale, in the gradient's unit) of some queries of one
+    image against all its keys.
+    """
+    numbers: dict[str, int | float] = {}
+    constants: dict[str, int | str | bool] = {}
+    match kernel:
+        case "attention_forward":
+            program, grid = forward.attention_forward, x.query_blocks(tile)
+        case "attention_forward_few_keys":  # it holds all keys and values on chip
+            if x.num_keys > tile.block_keys:
+                return None
+            tile = tile._replace(block_keys=max(16, triton.next_power_of_2(x.num_keys)))
+            blocks, batch = x.query_blocks(tile)
+            programs = min(max(1, _num_processors(x.queries.device) // batch), blocks)
+            program, grid = forward.attention_forward_few_keys, (programs, batch)
+            numbers["num_blocks"] = triton.cdiv(blocks, programs)
+        case "attention_backward_queries":
+            program, grid = backward.attention_backward_queries, x.query_blocks(tile)
+        case "attention_weights_and_grads":
+            program = backward.attention_weights_and_grads
+            grid = x.key_blocks(tile)[0], x.query_blocks(tile)[0]
+            numbers["weights_stride"] = results["weights"].stride(0)
+            widths = x.queries.shape[2], x.values.shape[2]
+            constants["BLOCK_WIDTH"] = math.gcd(128 // x.queries.element_size(), *widths)
+        case _:
+            program, grid = backward.attention_backward_keys, x.key_blocks(tile)
+            part = kernel.removeprefix("attention_backward_")
+            constants = {"OF_KEYS": part != "values", "OF_VALUES": part != "keys"}
+            results = {"grad_keys": x.keys, "grad_values": x.values, **results}  # one may not be written
+    tensors, numbers = {**x.tensors(), **results}, {**x.numbers(), **numbers}
+    return Launch.of(program, grid, tile, tensors, numbers, {**x.constants(tile), **constants})
 
 
-def few_keys_launch(x: Operands, out: Tensor, lse: Tensor, *, tile: Tile) -> Launch | None:
-    """The forward that holds all keys and values on chip, or None where there are too many."""
-    if x.num_keys > tile.block_keys:
-        return None
-    tile = tile._replace(block_keys=max(16, triton.next_power_of_2(x.num_keys)))
-    device = x.queries.device
-    processors = 4  # of a GPU that is not there; the interpreter runs programs one after the other
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    blocks, batch = x.query_blocks(tile)
-    programs = min(max(1, processors // batch), blocks)
-    tensors = {**x.tensors(), "out": out, "lse": lse}
-    numbers = {**x.numbers(), "num_blocks": triton.cdiv(blocks, programs)}
-    return Launch.of(attention_forward_few_keys, (programs, batch), tile, tensors, numbers, x.constants(tile))
-
-
-def deltas_launch(out: Tensor, grad_out: Tensor, deltas: Tensor) -> Launch:
-    """sum(dO O) of each row of two contiguous (B, N, E) tensors."""
-    rows, width = deltas.numel(), out.shape[2]
-    return Launch(
-        row_deltas,
-        (triton.cdiv(rows, DELTA_ROWS),),
-        {"out": out, "grad_out": grad_out, "deltas": deltas},
-        {"num_rows": rows, "out_width": width},
-        {"BLOCK_ROWS": DELTA_ROWS, "WIDTH": triton.next_power_of_2(width)},
-        Tile(DELTA_ROWS, 0, 4, 1),
-    )
-
-
-def backward_queries_launch(
-    x: Operands, upstream: Upstream, grad_queries: Tensor, *, keys_are_values: bool = False, tile: Tile
-) -> Launch:
-    """dQ, (B, N, D) contiguous."""
-    return Launch.of(
-        attention_backward_queries,
-        x.query_blocks(tile),
-        tile,
-        {**x.tensors(), **upstream.tensors(), "grad_queries": grad_queries},
-        {**x.numbers(), **upstream.numbers()},
-        {**x.constants(tile), "KEYS_ARE_VALUES": keys_are_values, "HAS_UNIT": upstream.has_unit},
-    )
+def _num_processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # of a GPU that is not there; the interpreter runs programs one after the other
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def backward_keys_parts(x: Operands) -> tuple[str, ...]:
@@ -208,31 +190,14 @@ def backward_keys_parts(x: Operands) -> tuple[str, ...]:
     return ("keys_and_values",) if together else ("keys", "values")
 
 
-def backward_keys_launch(
-    x: Operands, upstream: Upstream, grad_keys: Tensor, grad_values: Tensor, *, part: str, tile: Tile
-) -> Launch:
-    """dK (B, M, D) (part `keys`), dV (B, M, E) (`values`) or both (`keys_and_values`), contiguous."""
-    ways = {"OF_KEYS": part != "values", "OF_VALUES": part != "keys", "HAS_UNIT": upstream.has_unit}
-    return Launch.of(
-        attention_backward_keys,
-        x.key_blocks(tile),
-        tile,
-        {**x.tensors(), **upstream.tensors(), "grad_keys": grad_keys, "grad_values": grad_values},
-        {**x.numbers(), **upstream.numbers()},
-        {**x.constants(tile), **ways},
-    )
-
-
-def weights_launch(
-    x: Operands, upstream: Upstream, weights_nM: Tensor, grad_scores_nM: Tensor, *, tile: Tile
-) -> Launch:
-    """P and dS (no scale, in the gradient's unit) of some queries of one image against all its keys."""
-    block_width = math.gcd(128 // x.queries.element_size(), x.queries.shape[2], x.values.shape[2])
-    return Launch.of(
-        attention_weights_and_grads,
-        (x.key_blocks(tile)[0], x.query_blocks(tile)[0]),
-        tile,
-        {**x.tensors(), **upstream.tensors(), "weights": weights_nM, "grad_scores": grad_scores_nM},
-        {**x.numbers(), **upstream.numbers(), "weights_stride": weights_nM.stride(0)},
-        {**x.constants(tile), "BLOCK_WIDTH": block_width},
+def deltas_launch(out: Tensor, grad_out: Tensor, deltas: Tensor) -> Launch:
+    """sum(dO O) of each row of two contiguous (B, N, E) tensors."""
+    rows, width = deltas.numel(), out.shape[2]
+    return Launch(
+        backward.row_deltas,
+        (triton.cdiv(rows, DELTA_ROWS),),
+        {"out": out, "grad_out": grad_out, "deltas": deltas},
+        {"num_rows": rows, "out_width": width},
+        {"BLOCK_ROWS": DELTA_ROWS, "WIDTH": triton.next_power_of_2(width)},
+        Tile(DELTA_ROWS, 0, 4, 1),
     )

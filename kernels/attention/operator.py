@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,24 +16,22 @@ from torch import Tensor
 from segdeformer.kernels.attention.launch import (
     Operands,
     Upstream,
-    backward_keys_launch,
+    attention_launch,
     backward_keys_parts,
-    backward_queries_launch,
     deltas_launch,
-    few_keys_launch,
-    forward_launch,
     pad_operands,
     raised,
-    weights_launch,
 )
 from segdeformer.kernels.fitting import smaller_tiles
 from segdeformer.kernels.launch import Launch, check_operands, check_widths, padded_rows
-from segdeformer.kernels.operators import define_gradient, define_operator
+from segdeformer.kernels.operators import define_with_gradient, empty_like
 from segdeformer.kernels.plans import start_kernel
-from segdeformer.kernels.tiles import backward_form
+from segdeformer.kernels.tiles import Tile, backward_form
 
 CHUNK_BYTES = 256 * 2**20  # of P and dS together: memory stays O(N), and few launches fill a large GPU
 LEAST_CHUNK, MOST_CHUNK = 128, 2**18
+
+LaunchOf = Callable[[str, Operands, Mapping[str, Tensor], Tile], Launch | None]
 
 
 def attention_triton(queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, *, scale: float) -> Tensor:
@@ -66,81 +65,72 @@ def _empty_outputs(queries: Tensor, keys: Tensor, values: Tensor, scale: float) 
 
 def start_forward(x: Operands, out: Tensor, lse: Tensor) -> None:
     """The forward that holds all keys on chip where they are few, else the loop over keys."""
+    results = {"out": out, "lse": lse}
 
     def candidates() -> Iterator[Launch]:
-        for tile in smaller_tiles(x.tile("attention_forward_few_keys"), keys_stay=True):
-            if (launch := few_keys_launch(x, out, lse, tile=tile)) is not None:
-                yield launch
-        for tile in smaller_tiles(x.tile("attention_forward")):
-            yield forward_launch(x, out, lse, tile=tile)
+        yield from launches("attention_forward_few_keys", x, results, attention_launch)
+        yield from launches("attention_forward", x, results, attention_launch)
 
-    start_kernel(("attention_forward", x.key()), {**x.tensors(), "out": out, "lse": lse}, candidates)
+    start_kernel(("attention_forward", x.key()), {**x.tensors(), **results}, candidates)
+
+
+def launches(
+    kernel: str, x: Operands, results: Mapping[str, Tensor], launch_of: LaunchOf
+) -> Iterator[Launch]:
+    """A kernel's calls: with its tile for these widths, then with ever smaller ones."""
+    for tile in smaller_tiles(x.tile(kernel), keys_stay=kernel == "attention_forward_few_keys"):
+        if (launch := launch_of(kernel, x, results, tile)) is not None:
+            yield launch
+
+
+def start_tiled(
+    kernel: str,
+    x: Operands,
+    results: Mapping[str, Tensor],
+    launch_of: LaunchOf,
+    *,
+    key: Hashable = None,
+) -> None:
+    """Start a kernel with its tile, or the next that fits. key: see `start_kernel`; None: the operands'."""
+    candidates = partial(launches, kernel, x, results, launch_of)
+    start_kernel((kernel, x.key() if key is None else key), {**x.tensors(), **results}, candidates)
 
 
 def _backward(
     queries: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = grad_queries, grad_keys, grad_values = _empty_grads(queries, keys, values)
+) -> tuple[Tensor, ...]:
+    grads = grad_queries, grad_keys, grad_values = empty_like(queries, keys, values)
     if not grad_out.numel():
         return grad_queries, grad_keys.zero_(), grad_values.zero_()
     if keys.shape[1] == 1:  # it has all the weight whatever its score: exactly no slope
         torch.sum(grad_out, dim=1, keepdim=True, out=grad_values)
         return grad_queries.zero_(), grad_keys.zero_(), grad_values
-    operands = pad_operands(queries, keys, values, scale)
-    upstream = make_upstream(out, lse, grad_out, operands.values.shape[2])
-    chunks = backward_form(operands.queries, operands.values) == "chunks"
-    (backward_in_chunks if chunks else backward_fused)(operands, upstream, *grads)
+    x = with_upstream(pad_operands(queries, keys, values, scale), out, lse, grad_out)
+    chunks = backward_form(x.queries, x.values) == "chunks"
+    (backward_in_chunks if chunks else backward_fused)(x, *grads)
     return grads
 
 
-def _empty_grads(
-    queries: Tensor, keys: Tensor, values: Tensor, *_: Tensor | float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return queries.new_empty(queries.shape), keys.new_empty(keys.shape), values.new_empty(values.shape)
-
-
-def make_upstream(out: Tensor, lse: Tensor, grad_out: Tensor, padded_width: int) -> Upstream:
-    """The gradient, raised in float16, in padded rows, and each row's sum(dO O)."""
+def with_upstream(x: Operands, out: Tensor, lse: Tensor, grad_out: Tensor) -> Operands:
+    """With the gradient, raised in float16, in padded rows, and each row's sum(dO O)."""
     grad_out, unit = raised(grad_out.contiguous())
     deltas = torch.empty_like(lse)
     key = "row_deltas", out.shape, out.dtype
     tensors = {"out": out, "grad_out": grad_out, "deltas": deltas}
-    start_kernel(key, tensors, lambda: [deltas_launch(out, grad_out, deltas)])
-    return Upstream(padded_rows(grad_out, padded_width), lse, deltas, unit)
+    start_kernel(key, tensors, lambda: [deltas_launch(**tensors)])
+    return x._replace(upstream=Upstream(padded_rows(grad_out, x.values.shape[2]), lse, deltas, unit))
 
 
-def start_tiled(
-    kernel: str, x: Operands, key: Hashable, tensors: Mapping[str, Tensor], build: Callable[..., Launch]
-) -> None:
-    """Start what `build` makes of a tile: of the kernel's one for these widths, or of the next that fits."""
-    start_kernel((kernel, key), tensors, lambda: (build(tile=tile) for tile in smaller_tiles(x.tile(kernel))))
-
-
-def start_backward_queries(
-    x: Operands, upstream: Upstream, grad_queries: Tensor, *, key: Hashable, keys_are_values: bool = False
-) -> None:
-    """dQ of attention, or of external attention."""
-    kernel = f"{'external' if keys_are_values else 'attention'}_backward_queries"
-    tensors = {**x.tensors(), **upstream.tensors(), "grad_queries": grad_queries}
-    build = partial(backward_queries_launch, x, upstream, grad_queries, keys_are_values=keys_are_values)
-    start_tiled(kernel, x, key, tensors, build)
-
-
-def backward_fused(
-    x: Operands, upstream: Upstream, grad_queries: Tensor, grad_keys: Tensor, grad_values: Tensor
-) -> None:
+def backward_fused(x: Operands, grad_queries: Tensor, grad_keys: Tensor, grad_values: Tensor) -> None:
     """All gradients by kernels that make P and dS on chip, each of them anew."""
-    key = upstream.key(x)
-    start_backward_queries(x, upstream, grad_queries, key=key)
-    tensors = {**x.tensors(), **upstream.tensors(), "grad_keys": grad_keys, "grad_values": grad_values}
+    key = x.key()
+    start_tiled("attention_backward_queries", x, {"grad_queries": grad_queries}, attention_launch, key=key)
+    grads = {"grad_keys": grad_keys, "grad_values": grad_values}
     for part in backward_keys_parts(x):
-        build = partial(backward_keys_launch, x, upstream, grad_keys, grad_values, part=part)
-        start_tiled(f"attention_backward_{part}", x, key, tensors, build)
+        start_tiled(f"attention_backward_{part}", x, grads, attention_launch, key=key)
 
 
-def backward_in_chunks(
-    x: Operands, upstream: Upstream, grad_queries: Tensor, grad_keys: Tensor, grad_values: Tensor
-) -> None:
+def backward_in_chunks(x: Operands, grad_queries: Tensor, grad_keys: Tensor, grad_values: Tensor) -> None:
     """All gradients for any width: P and dS of a chunk of queries by one kernel, then matrix products.
 
     Holds two n x M matrices, of `CHUNK_BYTES` together or of the least chunk's 128 rows, and float32 sums of
@@ -151,23 +141,24 @@ def backward_in_chunks(
     chunk = min(chunk, x.num_queries)
     weights_nM = x.queries.new_empty(chunk, x.num_keys)
     slopes_nM = torch.empty_like(weights_nM)
-    unit = 1.0 if upstream.unit is None else upstream.unit
+    grad_out, lse, deltas, in_unit = cast(Upstream, x.upstream)
+    unit = 1.0 if in_unit is None else in_unit
     for b in range(x.queries.shape[0]):
         of_keys = torch.zeros_like(x.keys[b], dtype=torch.float32)
         of_values = torch.zeros_like(x.values[b], dtype=torch.float32)
         for first in range(0, x.num_queries, chunk):
             rows = slice(first, min(first + chunk, x.num_queries))
             weights, slopes = weights_nM[: rows.stop - first], slopes_nM[: rows.stop - first]
+            above = Upstream(grad_out[b : b + 1, rows], lse[b, rows], deltas[b, rows])
             some = x._replace(
-                queries=x.queries[b : b + 1, rows], keys=x.keys[b : b + 1], values=x.values[b : b + 1]
+                queries=x.queries[b : b + 1, rows],
+                keys=x.keys[b : b + 1],
+                values=x.values[b : b + 1],
+                upstream=above,
             )
-            above = Upstream(
-                upstream.grad_out[b : b + 1, rows], upstream.lse[b, rows], upstream.deltas[b, rows]
-            )
-            build = partial(weights_launch, some, above, weights, slopes)
-            tensors = {**some.tensors(), **above.tensors(), "weights": weights, "grad_scores": slopes}
-            key = above.key(some), weights.stride()
-            start_tiled("attention_weights_and_grads", some, key, tensors, build)
+            results = {"weights": weights, "grad_scores": slopes}
+            key = some.key(), weights.stride()
+            start_tiled("attention_weights_and_grads", some, results, attention_launch, key=key)
             add_product(of_values, weights.T, above.grad_out[0])
             add_product(of_keys, slopes.T, some.queries[0])
             of_queries = add_product(None, slopes, x.keys[b])
@@ -204,18 +195,6 @@ def _adds_in_place(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 # The output and, for the backward, each row's log-sum-exp in base 2, (B, N) float32.
-attention_with_lse = define_operator(
-    "attention",
-    "(Tensor queries, Tensor keys, Tensor values, float scale) -> (Tensor, Tensor)",
-    _forward,
-    _empty_outputs,
+attention_with_lse = define_with_gradient(
+    "attention", ("queries", "keys", "values"), _forward, _empty_outputs, _backward
 )
-# Gradients of queries, keys and values.
-attention_backward = define_operator(
-    "attention_backward",
-    "(Tensor queries, Tensor keys, Tensor values, Tensor out, Tensor lse, Tensor grad_out, float scale)"
-    " -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _empty_grads,
-)
-define_gradient(attention_with_lse, attention_backward)

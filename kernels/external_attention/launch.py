@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import triton
 from torch import Tensor
 
-from segdeformer.kernels.attention.launch import Operands, Upstream, forward_launch
+from segdeformer.kernels.attention.launch import Operands, attention_launch
 from segdeformer.kernels.external_attention.triton_backward import external_backward_keys
 from segdeformer.kernels.external_attention.triton_forward import class_probabilities, external_forward_narrow
 from segdeformer.kernels.launch import Launch, interpreting
@@ -35,32 +36,23 @@ def probabilities_launch(class_logits: Tensor, probabilities: Tensor) -> Launch:
     )
 
 
-def external_forward_launch(x: Operands, out: Tensor, lse: Tensor, *, tile: Tile) -> Launch:
-    """Softmax of Q~ P^T times P; out (B, N, K) contiguous, lse (B, N) float32 in base 2."""
-    if x.queries.shape[2] > WIDEST_NARROW_FORWARD or x.scale <= 0:
-        return forward_launch(x, out, lse, keys_are_values=True, tile=tile)
-    ways = {
-        "LARGEST_RANGE": LARGEST_RANGES[x.queries.dtype],
-        "POLYNOMIAL": tile.polynomial and not interpreting(),
-    }
-    tensors = {"queries": x.queries, "keys": x.keys, "out": out, "lse": lse}
-    constants = {**x.constants(tile), **ways}
-    return Launch.of(external_forward_narrow, x.query_blocks(tile), tile, tensors, x.numbers(), constants)
+def external_launch(kernel: str, x: Operands, results: Mapping[str, Tensor], tile: Tile) -> Launch | None:
+    """A kernel's call, by its name, that writes these results; None where the tile is not for these sizes.
 
-
-def external_backward_keys_launch(
-    x: Operands, upstream: Upstream, class_logits: Tensor, grad_class_logits: Tensor, *, tile: Tile
-) -> Launch:
-    """dA, (B, N, K) contiguous."""
-    power = 1.0
-    if x.scale > 0:
-        power = 2.0 ** min(0, max(LEAST_POWER, math.floor(math.log2(x.scale))))
-    logits = {"class_logits": class_logits, "grad_class_logits": grad_class_logits}
-    return Launch.of(
-        external_backward_keys,
-        x.key_blocks(tile),
-        tile,
-        {**x.tensors(), **upstream.tensors(), **logits},
-        {**x.numbers(), **upstream.numbers(), "power": power, "rest": x.scale / power},
-        {**x.constants(tile), "HAS_UNIT": upstream.has_unit},
-    )
+    out (B, N, K) and both gradients are contiguous, lse (B, N) float32 in base 2. `external_backward_keys`
+    finds the class logits among its results.
+    """
+    if kernel == "external_backward_keys":
+        power = 1.0
+        if x.scale > 0:
+            power = 2.0 ** min(0, max(LEAST_POWER, math.floor(math.log2(x.scale))))
+        program, grid = external_backward_keys, x.key_blocks(tile)
+        numbers, constants = {"power": power, "rest": x.scale / power}, {}
+    elif kernel == "external_forward" and x.queries.shape[2] <= WIDEST_NARROW_FORWARD and x.scale > 0:
+        program, grid = external_forward_narrow, x.query_blocks(tile)
+        polynomial = tile.polynomial and not interpreting()
+        numbers, constants = {}, {"LARGEST_RANGE": LARGEST_RANGES[x.queries.dtype], "POLYNOMIAL": polynomial}
+    else:
+        return attention_launch(kernel.replace("external", "attention"), x, results, tile)
+    tensors, numbers = {**x.tensors(), **results}, {**x.numbers(), **numbers}
+    return Launch.of(program, grid, tile, tensors, numbers, {**x.constants(tile), **constants})

@@ -7,20 +7,14 @@ B batch, N pixels, K classes.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from segdeformer.kernels.attention.launch import Operands
-from segdeformer.kernels.attention.operator import make_upstream, start_backward_queries, start_tiled
-from segdeformer.kernels.external_attention.launch import (
-    external_backward_keys_launch,
-    external_forward_launch,
-    probabilities_launch,
-)
+from segdeformer.kernels.attention.operator import start_tiled, with_upstream
+from segdeformer.kernels.external_attention.launch import external_launch, probabilities_launch
 from segdeformer.kernels.launch import check_operands, check_widths, padded_rows
-from segdeformer.kernels.operators import define_gradient, define_operator
+from segdeformer.kernels.operators import define_with_gradient, empty_like
 from segdeformer.kernels.plans import start_kernel
 from segdeformer.kernels.tiles import padded_width
 
@@ -50,9 +44,7 @@ def _forward(scores: Tensor, class_logits: Tensor, scale: float) -> tuple[Tensor
     mixed, lse = _empty_outputs(scores)
     if mixed.numel():
         x = external_operands(scores, class_logits, scale)
-        tensors = {**x.tensors(), "out": mixed, "lse": lse}
-        build = partial(external_forward_launch, x, mixed, lse)
-        start_tiled("external_forward", x, x.key(), tensors, build)
+        start_tiled("external_forward", x, {"out": mixed, "lse": lse}, external_launch)
     return mixed, lse
 
 
@@ -62,23 +54,15 @@ def _empty_outputs(scores: Tensor, *_: Tensor | float) -> tuple[Tensor, Tensor]:
 
 def _backward(
     scores: Tensor, class_logits: Tensor, mixed: Tensor, lse: Tensor, grad_mixed: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    grad_scores, grad_class_logits = _empty_grads(scores, class_logits)
+) -> tuple[Tensor, ...]:
+    grad_scores, grad_class_logits = empty_like(scores, class_logits)
     if grad_mixed.numel():
-        x = external_operands(scores, class_logits, scale)
-        upstream = make_upstream(mixed, lse, grad_mixed, x.keys.shape[2])
-        key = upstream.key(x)
-        start_backward_queries(x, upstream, grad_scores, key=key, keys_are_values=True)
-        class_logits = class_logits.contiguous()
-        logits = {"class_logits": class_logits, "grad_class_logits": grad_class_logits}
-        tensors = {**x.tensors(), **upstream.tensors(), **logits}
-        build = partial(external_backward_keys_launch, x, upstream, class_logits, grad_class_logits)
-        start_tiled("external_backward_keys", x, (key, class_logits.dtype), tensors, build)
+        x = with_upstream(external_operands(scores, class_logits, scale), mixed, lse, grad_mixed)
+        key = x.key()
+        start_tiled("external_backward_queries", x, {"grad_queries": grad_scores}, external_launch, key=key)
+        logits = {"class_logits": class_logits.contiguous(), "grad_class_logits": grad_class_logits}
+        start_tiled("external_backward_keys", x, logits, external_launch, key=(key, class_logits.dtype))
     return grad_scores, grad_class_logits
-
-
-def _empty_grads(scores: Tensor, class_logits: Tensor, *_: Tensor | float) -> tuple[Tensor, Tensor]:
-    return scores.new_empty(scores.shape), class_logits.new_empty(class_logits.shape)
 
 
 def external_operands(scores: Tensor, class_logits: Tensor, scale: float) -> Operands:
@@ -90,22 +74,10 @@ def external_operands(scores: Tensor, class_logits: Tensor, scale: float) -> Ope
     tensors = {"class_logits": class_logits, "probabilities": probabilities}
     start_kernel(key, tensors, lambda: [probabilities_launch(**tensors)])
     padded = padded_rows(scores, padded_width(width))
-    return Operands(padded, probabilities, probabilities, width, width, scale)
+    return Operands(padded, probabilities, probabilities, width, width, scale, keys_are_values=True)
 
 
 # The mixtures and, for the backward, each row's log-sum-exp in base 2, (B, N) float32.
-external_attention_with_lse = define_operator(
-    "external_attention",
-    "(Tensor scores, Tensor class_logits, float scale) -> (Tensor, Tensor)",
-    _forward,
-    _empty_outputs,
+external_attention_with_lse = define_with_gradient(
+    "external_attention", ("scores", "class_logits"), _forward, _empty_outputs, _backward
 )
-# Gradients of the scores and of the class logits.
-external_attention_backward = define_operator(
-    "external_attention_backward",
-    "(Tensor scores, Tensor class_logits, Tensor mixed, Tensor lse, Tensor grad_mixed, float scale)"
-    " -> (Tensor, Tensor)",
-    _backward,
-    _empty_grads,
-)
-define_gradient(external_attention_with_lse, external_attention_backward)

@@ -31,6 +31,7 @@ MOST_ACCUMULATORS = 176
 LEAST_ACCUMULATORS = 8  # fewer leave a warp without work
 CHUNK_COLUMN_BYTES = 128  # of the blocks of columns in `attention_weights_and_grads`
 COPYING_KERNELS = ("attention_forward", "external_forward")  # those with a TMA form
+OVER_KEYS = ("backward_keys", "backward_values", "keys_and_values")  # a program for each block of keys
 COPYING_ARCHITECTURES = ("sm_90", "sm_100")
 BASE_REGISTERS = 44  # of a thread, beside accumulators and operands: addresses, row sums, a softmax in hand
 WORTHY = 0.5  # of the best score, for the best with so many resident programs to be measured first
@@ -55,9 +56,43 @@ class Target(NamedTuple):
 
     def blocks(self, tile: Tile) -> tuple[int, int]:
         """Rows of the products, and columns, the side that they are multiplied with."""
-        if self.kernel.endswith(("backward_keys", "backward_values", "keys_and_values")):
+        if self.kernel.endswith(OVER_KEYS):
             return tile.block_keys, tile.block_queries
         return tile.block_queries, tile.block_keys
+
+
+class Work(NamedTuple):
+    """What a kernel does with one block of scores, in columns of its operands and accumulators."""
+
+    products: int  # of all products of a q x k block, summed
+    held: int  # of the operands that stay on chip
+    streamed: int  # of the operands that every block loads anew
+    accumulated: int  # of the float32 accumulators, in registers
+    blocks: int  # of scores in registers at a time
+    reread: int  # of the operands that stay on chip and are read again for every block
+    rescaled: int = 0  # of the accumulators that an online softmax shrinks at every step
+    stored: int = 0  # how often a block of scores is stored
+
+
+def work_of(kernel: str, d: int, e: int) -> Work:
+    """d, e: padded widths of queries and keys, of values."""
+    both = d if kernel.startswith("external") else d + e  # external keys are the values
+    match kernel:
+        case "attention_forward" | "external_forward":
+            return Work(d + e, d, both, e, 1, reread=d, rescaled=e)
+        case "attention_forward_few_keys":
+            return Work(d + e, both, d, e, 1, reread=0)
+        case "attention_backward_queries" | "external_backward_queries":
+            return Work(2 * d + e, d + e, both, d, 2, reread=d + e)
+        case "attention_backward_keys" | "external_backward_keys":
+            return Work(2 * d + e, both, d + e, d, 2, reread=d + e)
+        case "attention_backward_values":
+            return Work(d + e, d, d + e, e, 1, reread=d)
+        case "attention_backward_keys_and_values":
+            return Work(2 * d + 2 * e, d + e, d + e, d + e, 2, reread=d + e)
+        case "attention_weights_and_grads":
+            return Work(d + e, 0, d + e, 0, 2, reread=0, stored=2)
+    raise AssertionError(kernel)
 
 
 class Need(NamedTuple):
@@ -70,25 +105,13 @@ class Need(NamedTuple):
 
 def needs(kernel: str, q: int, k: int, d: int, e: int, element_bytes: int) -> Need:
     """What a program of the kernel holds with blocks of q queries and k keys."""
-    both = d if kernel.startswith("external") else d + e  # external keys are the values
-    match kernel:
-        case "attention_forward" | "external_forward":
-            return Need(q * d, k * both, q * e + q * k)
-        case "attention_forward_few_keys":
-            return Need(k * both, q * d, q * e + q * k)
-        case "attention_backward_queries" | "external_backward_queries":
-            return Need(q * (d + e), k * both, q * d + 2 * q * k)
-        case "attention_backward_keys":
-            return Need(k * (d + e), q * (d + e), k * d + 2 * q * k)
-        case "attention_backward_values":
-            return Need(k * d, q * (d + e), k * e + q * k)
-        case "attention_backward_keys_and_values":
-            return Need(k * (d + e), q * (d + e), k * (d + e) + 2 * q * k)
-        case "external_backward_keys":
-            return Need(k * d, 2 * q * d, k * d + 2 * q * k)
-        case "attention_weights_and_grads":
-            return Need(0, (q + k) * CHUNK_COLUMN_BYTES // element_bytes, 2 * q * k)
-    raise AssertionError(kernel)
+    work = work_of(kernel, d, e)
+    if kernel == "attention_weights_and_grads":  # both sides stream, a block of columns a step
+        return Need(0, (q + k) * CHUNK_COLUMN_BYTES // element_bytes, work.blocks * q * k)
+    rows, columns = (k, q) if kernel.endswith(OVER_KEYS) else (q, k)
+    held, streamed = (columns, rows) if kernel == "attention_forward_few_keys" else (rows, columns)
+    accumulators = rows * work.accumulated + work.blocks * q * k
+    return Need(held * work.held, streamed * work.streamed, accumulators)
 
 
 def candidate_tiles(target: Target, default: Tile, *, most: int = 24) -> list[Tile]:
@@ -219,37 +242,6 @@ RATES = {
 }
 
 
-class Work(NamedTuple):
-    """A kernel's work on one block of scores, in columns."""
-
-    products: int  # of all products of a q x k block, summed
-    resident: int  # of the operands that stay on chip and are read again for every block
-    streamed: int  # of the operands that every block loads anew
-    rescaled: int = 0  # of the accumulators that an online softmax shrinks at every step
-    stored: int = 0  # how often a block of scores is stored
-
-
-def work_of(kernel: str, d: int, e: int) -> Work:
-    """d, e: padded widths of queries and keys, of values."""
-    both = d if kernel.startswith("external") else d + e  # external keys are the values
-    match kernel:
-        case "attention_forward" | "external_forward":
-            return Work(d + e, d, both, rescaled=e)
-        case "attention_forward_few_keys":
-            return Work(d + e, 0, d)
-        case "attention_backward_queries" | "external_backward_queries":
-            return Work(2 * d + e, d + e, both)
-        case "attention_backward_keys" | "external_backward_keys":
-            return Work(2 * d + e, d + e, d + e)
-        case "attention_backward_values":
-            return Work(d + e, d, d + e)
-        case "attention_backward_keys_and_values":
-            return Work(2 * d + 2 * e, d + e, d + e)
-        case "attention_weights_and_grads":
-            return Work(d + e, 0, d + e, stored=2)
-    raise AssertionError(kernel)
-
-
 def scores_per_cycle(target: Target, tile: Tile, resources: Resources) -> float:
     """Scores that a multiprocessor gets through in a cycle; 0 where the tile does not fit the card."""
     kernel, widths, element_bytes, architecture, num_rows = target
@@ -283,7 +275,7 @@ def scores_per_cycle(target: Target, tile: Tile, resources: Resources) -> float:
         # Each group of warps reads the other side for itself; units that read shared memory, their own too.
         read = rows / _rows_of_group(resources, rows) * columns * work.products * element_bytes
         if resources.instruction.startswith(("wgmma", "tcgen05")):
-            read += rows * work.resident * element_bytes
+            read += rows * work.reread * element_bytes
         steps = 1.0
     products = max(products, (read + loaded) / SHARED_BYTES)
 

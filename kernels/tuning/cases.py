@@ -14,13 +14,9 @@ import torch
 from torch import Tensor
 
 from segdeformer.kernels.attention import attention, attention_reference
-from segdeformer.kernels.choices import Operation
 from segdeformer.kernels.external_attention import external_attention, external_attention_reference
 from segdeformer.kernels.impl import Call, Impl
-from segdeformer.kernels.tiles import (
-    WIDEST_FUSED_BACKWARD,
-    padded_width,
-)
+from segdeformer.kernels.tiles import WIDEST_FUSED_BACKWARD, padded_width
 from segdeformer.kernels.tuning.judge import (
     Expected,
     LossTask,
@@ -44,7 +40,7 @@ MOST_EXTERNAL = 4096  # where the queries are the keys
 class Comparison(NamedTuple):
     """One operation of a decoder, whose implementations are compared; widths as the model has them."""
 
-    operation: Operation
+    operation: str
     width: int
     value_width: int
     element_bytes: int
@@ -150,15 +146,12 @@ class Comparison(NamedTuple):
 
     def inputs(self, device: torch.device) -> AttentionInputs | UpsamplingInputs:
         """Random ones in the dtype that is timed."""
-        dtype = dtypes_of(self.element_bytes, device)[0]
-        if not self.is_upsampling:
-            widths, sizes = (self.width, self.value_width), (self.batch, self.num_pixels, self.keys)
-            return attention_inputs(
-                self.operation, widths, sizes, dtype=dtype, device=device, training=self.training
-            )
-        size, full = self.sides
-        task = make_loss_task(self.batch, self.width, size, full, dtype=dtype, device=device)
-        return UpsamplingInputs(task, self.operation)
+        dtype, training = dtypes_of(self.element_bytes, device)[0], self.training
+        if self.is_upsampling:
+            task = make_loss_task(self.batch, self.width, *self.sides, dtype=dtype, device=device)
+            return UpsamplingInputs(task, self.operation, training)
+        widths, sizes = (self.width, self.value_width), (self.batch, self.num_pixels, self.keys)
+        return attention_inputs(self.operation, widths, sizes, dtype=dtype, device=device, training=training)
 
 
 def _at_most(number: int, most: int) -> int:
@@ -174,9 +167,9 @@ def decoder_comparisons() -> list[Comparison]:
     `choose_upsampling` asks: the loss in training, the argmax not, K as both widths.
     """
     found = []
-    for shape in DECODER:
-        forward = Comparison(*shape[:3], 2, False, *shape[3:5])
-        found += [forward, forward._replace(training=True, batch=shape.batch)][: 2 if shape.batch else 1]
+    for operation, d, e, num_pixels, num_keys, batch in DECODER:
+        forward = Comparison(operation, d, e, 2, False, num_pixels, num_keys)
+        found += [forward, forward._replace(training=True, batch=batch)][: 2 if batch else 1]
     for k, element_bytes in ((150, 2), (150, 4), (19, 2), (171, 2)):
         loss = Comparison(
             "upsample_cross_entropy", k, k, element_bytes, True, num_pixels=MAP_PX[k] ** 2, batch=4
@@ -185,33 +178,24 @@ def decoder_comparisons() -> list[Comparison]:
     return found
 
 
-class Shape(NamedTuple):
-    """An attention of the decoder, as `Comparison` has its fields."""
-
-    operation: Operation
-    width: int
-    value_width: int
-    num_pixels: int
-    num_keys: int | None = None
-    batch: int = 0  # in training; 0: of folded models, which do not train
-
-
-DECODER = (
-    *(Shape("external_attention", k, k, MAP_PX[k] ** 2, batch=1 if k == 19 else 4) for k in MAP_PX),
-    Shape("attention", 256, 256, 16384, batch=4),
-    Shape("attention", 256, 150, 16384),
-    Shape("attention", 256, 256, 16384, 1024, batch=4),  # reduction 4
-    Shape("attention", 256, 150, 16384, 1024),
-    Shape("attention", 256, 256, 1024, batch=8),  # maps at 1/16
-    Shape("external_attention", 150, 150, 1024, batch=8),
-    Shape("attention", 512, 512, 16384, batch=4),
-    Shape("attention", 512, 150, 16384),
-    Shape("attention", 256, 150, 1024),
-    Shape("attention", 256, 256, 16384, 256),  # reduction 8
+# Attentions of the decoder: operation, D, E, N, M (None: the pixels), batch in training. Batch 0: of folded
+# models, which do not train.
+DECODER: tuple[tuple[str, int, int, int, int | None, int], ...] = (
+    *(("external_attention", k, k, MAP_PX[k] ** 2, None, 1 if k == 19 else 4) for k in MAP_PX),
+    ("attention", 256, 256, 16384, None, 4),
+    ("attention", 256, 150, 16384, None, 0),
+    ("attention", 256, 256, 16384, 1024, 4),  # reduction 4
+    ("attention", 256, 150, 16384, 1024, 0),
+    ("attention", 256, 256, 1024, None, 8),  # maps at 1/16
+    ("external_attention", 150, 150, 1024, None, 8),
+    ("attention", 512, 512, 16384, None, 4),
+    ("attention", 512, 150, 16384, None, 0),
+    ("attention", 256, 150, 1024, None, 0),
+    ("attention", 256, 256, 16384, 256, 0),  # reduction 8
 )
 # The decoder's pairs of D and E, with which kernels are compiled and checked.
 WIDTHS_OF = {
-    operation: list(dict.fromkeys(shape[1:3] for shape in DECODER if shape.operation == operation))
+    operation: list(dict.fromkeys(shape[1:3] for shape in DECODER if shape[0] == operation))
     for operation in ("attention", "external_attention")
 }
 
@@ -239,19 +223,29 @@ class UpsamplingInputs(NamedTuple):
     """What an operation on upsampled logits is called with."""
 
     task: LossTask
-    operation: Operation
+    operation: str
+    training: bool = True  # a loss with its gradient
 
     def step(self, impl: Impl) -> Callable[[], list[Tensor]]:
         """Runs it once: the loss and its gradient, or the ids."""
-        if self.operation == "upsample_argmax":
-            _, height, width = self.task.labels_BHW.shape
-            return lambda: [upsample_argmax(self.task.logits_BKhw, (height, width), impl=impl).ids_BHW]
-        return loss_step(self.task, partial(upsample_cross_entropy, impl=impl))
+        function = upsample_cross_entropy if self.operation == "upsample_cross_entropy" else _upsampled_ids
+        return self.step_of(partial(function, impl=impl))
+
+    def step_of(self, function: Callable[..., Tensor]) -> Callable[[], list[Tensor]]:
+        """The same by another function of logits and labels."""
+        return loss_step(
+            self.task, function, training=self.training and self.operation == "upsample_cross_entropy"
+        )
 
     def expected(self) -> list[Expected]:
         if self.operation == "upsample_argmax":
             return expected_argmax(self.task.logits_BKhw)
         return expected_loss(self.task)
+
+
+def _upsampled_ids(logits_BKhw: Tensor, labels_BHW: Tensor, *, impl: Impl) -> Tensor:
+    _, height, width = labels_BHW.shape
+    return upsample_argmax(logits_BKhw, (height, width), impl=impl).ids_BHW
 
 
 def step(

@@ -27,7 +27,7 @@ from segdeformer.kernels.attention.operator import (
     attention_with_lse,
     backward_fused,
     backward_in_chunks,
-    make_upstream,
+    with_upstream,
 )
 from segdeformer.kernels.choices import Choice
 from segdeformer.kernels.impl import Impl
@@ -198,11 +198,10 @@ def faster_backward(comparison: Comparison, device: torch.device, *, most_pixels
     assert inputs.grad_out is not None
     queries, keys, values = tensors = [t.detach() for t in inputs.tensors]
     out, lse = attention_with_lse(queries, keys, values, inputs.scale)
-    operands = pad_operands(queries, keys, values, inputs.scale)
-    upstream = make_upstream(out, lse, inputs.grad_out, operands.values.shape[2])
+    x = with_upstream(pad_operands(queries, keys, values, inputs.scale), out, lse, inputs.grad_out)
     grads = [torch.empty_like(t) for t in tensors]
     times = {}
     for name, backward in (("fused", backward_fused), ("chunks", backward_in_chunks)):
         with contextlib.suppress(KernelError):
-            times[name] = median_ms(partial(backward, operands, upstream, *grads), device)
+            times[name] = median_ms(partial(backward, x, *grads), device)
     return min(times, key=times.__getitem__, default="chunks")

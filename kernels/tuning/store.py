@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import re
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -19,10 +18,10 @@ import triton
 from segdeformer.commit import commit
 from segdeformer.errors import UserError
 from segdeformer.files import WriteError, write_text
-from segdeformer.kernels.choices import Choice, auto_path, forget_choices, read_auto, read_choices
+from segdeformer.kernels.choices import Choice, auto_path, forget_choices, read_choices
 from segdeformer.kernels.launch import kernel_sources
 from segdeformer.kernels.plans import forget_plans
-from segdeformer.kernels.tiles import Tile, architecture_of, padded_width
+from segdeformer.kernels.tiles import Tile, architecture_of, padded_width, read_table, rows_in_lines
 from segdeformer.kernels.tuning.trial import Problem
 
 
@@ -39,7 +38,7 @@ class TunedFile:
         return str(self.table["architecture"])
 
     def write(self) -> None:
-        text = re.sub(r"\[\s+([^][{}]*?)\s+\]", _one_line, json.dumps(self.table, indent=1)) + "\n"
+        text = rows_in_lines(self.table)
         for path in filter(None, (self.path, self.copy)):
             write_text(path, text)
         forget_plans()
@@ -122,9 +121,8 @@ class AutoFile(NamedTuple):
 
     @classmethod
     def read(cls, gpu: str) -> Self:
-        header, table = _header(gpu), read_auto(gpu)
-        if {key: table.get(key) for key in header} != header:
-            table = {}
+        header = _header(gpu)
+        table = read_table(auto_path(gpu), header)
         return cls(header, list(table.get("choices", [])), list(table.get("settled", [])))
 
     @property
@@ -171,7 +169,3 @@ def _takes(choice: dict[str, Any], problem: Problem) -> bool:
     widths = padded_width(choice["width"]), padded_width(choice["value_width"])
     mine = (problem.operation, problem.widths, problem.element_bytes)
     return (choice["operation"], widths, choice["element_bytes"]) == mine
-
-
-def _one_line(found: re.Match[str]) -> str:
-    return "[" + " ".join(found.group(1).split()) + "]"

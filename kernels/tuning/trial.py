@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from segdeformer.kernels.attention import launch as attention_launches
-from segdeformer.kernels.attention.launch import Operands, Upstream, pad_operands
-from segdeformer.kernels.external_attention import launch as external_launches
+from segdeformer.kernels.attention.launch import Operands, Upstream, attention_launch, pad_operands
+from segdeformer.kernels.external_attention.launch import external_launch
 from segdeformer.kernels.external_attention.operator import external_operands
 from segdeformer.kernels.launch import Launch, padded_rows
 from segdeformer.kernels.tiles import Tile, architecture_of, default_tile, padded_width, size_class
@@ -107,7 +106,6 @@ class Trial:
         exact: bool = True,
     ) -> None:
         self.kernel = problem.kernel
-        self.names = written(problem.kernel)
         widths, sizes = (problem.width, problem.value_width), (1, num_queries, num_keys)
         inputs = attention_inputs(
             problem.operation,
@@ -121,52 +119,60 @@ class Trial:
         grad_out = inputs.grad_out
         assert grad_out is not None
         inputs = inputs._replace(tensors=tuple(t.detach() for t in inputs.tensors))
+        self.class_logits = {}
         if problem.operation == "attention":
             queries, keys, values = inputs.tensors
-            self.class_logits = None
             self.operands = pad_operands(queries, keys, values, inputs.scale)
         else:
-            scores, self.class_logits = inputs.tensors
-            self.operands = external_operands(scores, self.class_logits, inputs.scale)
+            scores, class_logits = inputs.tensors
+            self.operands = external_operands(scores, class_logits, inputs.scale)
+            if problem.kernel == "external_backward_keys":
+                self.class_logits = {"class_logits": class_logits}
         row = torch.zeros(1, num_queries, device=device)
-        self.upstream = Upstream(padded_rows(grad_out, self.operands.values.shape[2]), row, row)
-        expected = self._expected(inputs) if exact else []
-        shapes = result_shapes(inputs.tensors, problem.value_width)
-        self.outputs = []
-        for place, name in enumerate(self.names):
-            made = torch.empty(shapes[name], dtype=_result_dtype(name, dtype), device=device)
-            self.outputs.append(Output(made, expected[place] if exact else Expected(name, made, math.nan)))
+        padded = padded_rows(grad_out, self.operands.values.shape[2])
+        self.operands = self.operands._replace(upstream=Upstream(padded, row, row))
+        results = results_of(problem.kernel, (num_queries, num_keys), widths, dtype, device)
+        if exact:
+            expected = self._expected(inputs)
+        else:
+            expected = [Expected(name, made, math.nan) for name, made in results.items()]
+        self.outputs = [Output(*pair) for pair in zip(results.values(), expected, strict=True)]
 
     def _expected(self, inputs: AttentionInputs) -> list[Expected]:
         """What should come out, in float64, and by how much the textbook form misses it in this dtype."""
         tensors, scale, grad_out = inputs.tensors, inputs.scale, inputs.grad_out
+        x = self.operands
         assert grad_out is not None
-        upstream = None if "out" in self.names else grad_out
+        assert x.upstream is not None
+        names = written(self.kernel)
+        upstream = None if "out" in names else grad_out
         exact, eager = (
             answer(inputs.reference, tensors, scale=scale, grad_out=upstream, exact=precise)
             for precise in (True, False)
         )
-        lse = base2_log_sums(self.operands.queries, self.operands.keys, scale)
-        self.upstream = self.upstream._replace(lse=lse.float(), deltas=(exact.out * grad_out).sum(-1).float())
+        lse = base2_log_sums(x.queries, x.keys, scale)
+        deltas = (exact.out * grad_out).sum(-1).float()
+        self.operands = x._replace(upstream=x.upstream._replace(lse=lse.float(), deltas=deltas))
         pairs = {"out": (exact.out, eager.out), "lse": (lse[..., None], lse[..., None].float())}
-        of = ("queries", "class_logits") if self.class_logits is not None else ("queries", "keys", "values")
-        if "weights" in self.names:
+        of = ("queries", "class_logits") if len(tensors) == 2 else ("queries", "keys", "values")
+        if "weights" in names:
             pairs |= _weights_and_slopes(tensors, grad_out, scale)
         elif upstream is not None:
-            pairs |= dict(zip(of, zip(exact.grads, eager.grads, strict=True), strict=True))
-        dtypes = {name: torch.float32 if name == "lse" else tensors[0].dtype for name in self.names}
+            grads = zip(exact.grads, eager.grads, strict=True)
+            pairs |= dict(zip((f"grad_{name}" for name in of), grads, strict=True))
+        dtypes = {name: torch.float32 if name == "lse" else tensors[0].dtype for name in names}
         return [
             Expected(name, precise, worst_row_error(rounded, precise), dtype=dtypes[name])
-            for name, (precise, rounded) in ((name, pairs[name]) for name in self.names)
+            for name, (precise, rounded) in ((name, pairs[name]) for name in names)
         ]
 
     def launch(self, tile: Tile) -> Launch | None:
         """The kernel's call with this tile; None where the tile is not for these sizes."""
         x = self.operands
-        if "weights" in self.names:
+        if self.kernel == "attention_weights_and_grads":
             x = x._replace(queries=x.queries[:, :NUM_CHUNK_QUERIES])
-        results = {output.expected.name: output.result for output in self.outputs}
-        return launch_of(self.kernel, x, self.upstream, results, tile, class_logits=self.class_logits)
+        results = dict(zip(written(self.kernel), (output.result for output in self.outputs), strict=True))
+        return launch_of(self.kernel, x, {**results, **self.class_logits}, tile)
 
     def poison(self) -> None:
         """NaN in every output, so that what a kernel leaves out shows."""
@@ -179,63 +185,35 @@ class Trial:
         return judging.judge(results, expected).wrong
 
 
-def launch_of(
-    kernel: str,
-    x: Operands,
-    upstream: Upstream,
-    results: Mapping[str, Tensor],
-    tile: Tile,
-    *,
-    class_logits: Tensor | None,
-) -> Launch | None:
+def launch_of(kernel: str, x: Operands, results: Mapping[str, Tensor], tile: Tile) -> Launch | None:
     """A kernel's call, by its name, that writes these results; None where the tile is not for these sizes."""
     is_external = kernel.startswith("external")
-    if "forward" in kernel:
-        out, lse = results["out"], results["lse"].flatten(1)
-        if kernel == "attention_forward_few_keys":
-            return attention_launches.few_keys_launch(x, out, lse, tile=tile)
-        if is_external:
-            return external_launches.external_forward_launch(x, out, lse, tile=tile)
-        return attention_launches.forward_launch(x, out, lse, tile=tile)
-    if kernel == "attention_weights_and_grads":
-        return attention_launches.weights_launch(
-            x, upstream, results["weights"], results["grad_scores"], tile=tile
-        )
-    if kernel == "external_backward_keys":
-        assert class_logits is not None
-        return external_launches.external_backward_keys_launch(
-            x, upstream, class_logits, results["class_logits"], tile=tile
-        )
-    if kernel.endswith("backward_queries"):
-        return attention_launches.backward_queries_launch(
-            x, upstream, results["queries"], keys_are_values=is_external, tile=tile
-        )
-    nothing = x.values.new_empty(0)  # the gradient that this part does not write
-    of_keys, of_values = results.get("keys", nothing), results.get("values", nothing)
-    part = kernel.removeprefix("attention_backward_")
-    return attention_launches.backward_keys_launch(x, upstream, of_keys, of_values, part=part, tile=tile)
+    return (external_launch if is_external else attention_launch)(kernel, x, results, tile)
 
 
 def written(kernel: str) -> tuple[str, ...]:
-    """The results of a kernel, in the order of its arguments; gradients by their inputs' names."""
+    """The results of a kernel, by the names of its arguments."""
     if kernel == "external_backward_keys":
-        return ("class_logits",)
+        return ("grad_class_logits",)
     if kernel == "attention_weights_and_grads":
         return "weights", "grad_scores"
-    return ("out", "lse") if "forward" in kernel else tuple(kernel.partition("_backward_")[2].split("_and_"))
+    if "forward" in kernel:
+        return "out", "lse"
+    return tuple(f"grad_{name}" for name in kernel.partition("_backward_")[2].split("_and_"))
 
 
-def result_shapes(inputs: tuple[Tensor, ...], value_width: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of all that kernels write of these inputs, an attention's or an external one's."""
-    (b, n, _), m = inputs[0].shape, inputs[1].shape[1]
+def results_of(
+    kernel: str, sizes: tuple[int, int], widths: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """What a kernel writes of one image, empty. sizes: N, M; widths: D, E."""
+    (n, m), (d, e) = sizes, widths
     chunk = (min(n, NUM_CHUNK_QUERIES), m)
-    of = ("queries", "class_logits") if len(inputs) == 2 else ("queries", "keys", "values")
-    shapes = {name: tuple(t.shape) for name, t in zip(of, inputs, strict=True)}
-    return shapes | {"out": (b, n, value_width), "lse": (b, n, 1), "weights": chunk, "grad_scores": chunk}
-
-
-def _result_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if name in ("lse", "class_logits") else dtype
+    shapes: dict[str, tuple[int, ...]] = {"out": (1, n, e), "lse": (1, n, 1)}
+    shapes |= {"grad_queries": (1, n, d), "grad_keys": (1, m, d), "grad_values": (1, m, e)}
+    shapes |= {"grad_class_logits": (1, n, d), "weights": chunk, "grad_scores": chunk}
+    in_float32 = ("lse", "grad_class_logits")
+    dtypes = {name: torch.float32 if name in in_float32 else dtype for name in written(kernel)}
+    return {name: torch.empty(shapes[name], dtype=of, device=device) for name, of in dtypes.items()}
 
 
 def _weights_and_slopes(

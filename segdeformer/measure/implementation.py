@@ -19,6 +19,7 @@ from segdeformer.config import EvalConfig, Recipe
 from segdeformer.errors import UserError
 from segdeformer.kernels.choices import (
     Choice,
+    Kind,
     agree,
     answers_by_class,
     measured_choices,
@@ -189,7 +190,7 @@ def open_comparisons(calls: Sequence[Call], known: Sequence[Choice]) -> list[Com
             or max(comparison.width, comparison.value_width) > LARGEST_WIDTH
         ):
             continue
-        if place not in answers_by_class(known, *call[:5]):
+        if place not in answers_by_class(known, Kind(*call[:5])):
             kind = comparison.operation, comparison.widths_key, comparison.element_bytes, comparison.training
             found.setdefault((*kind, place), comparison)
     return list(found.values())
