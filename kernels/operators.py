@@ -34,20 +34,23 @@ def define_with_gradient(
 ) -> Callable[..., Any]:
     """Register an operator of these tensors and a scale, which gives (result, log-sum-exp), and its gradient.
 
+    inputs: names; those that end in `?` come last, may be None, and have no gradient.
     backward: of the input tensors, the two outputs, the result's gradient and the scale; gives the gradients
     of the input tensors. The log-sum-exp has none.
     """
-    tensors = ", ".join(f"Tensor {tensor}" for tensor in inputs)
+    learned = [tensor for tensor in inputs if not tensor.endswith("?")]
+    others = [f"Tensor? {tensor.removesuffix('?')}" for tensor in inputs[len(learned) :]]
+    tensors = ", ".join([*(f"Tensor {tensor}" for tensor in learned), *others])
     operator = define_operator(name, f"({tensors}, float scale) -> (Tensor, Tensor)", run, shapes)
-    grads = ", ".join(["Tensor"] * len(inputs))
+    grads = ", ".join(["Tensor"] * len(learned))
     given = f"({tensors}, Tensor out, Tensor lse, Tensor grad_out, float scale)"
     backward_operator = define_operator(
         f"{name}_backward",
         f"{given} -> ({grads})",
         backward,
-        lambda *given: empty_like(*given[: len(inputs)]),
+        lambda *given: empty_like(*given[: len(learned)]),
     )
-    return _differentiable(operator, backward_operator)
+    return _differentiable(operator, backward_operator, len(learned))
 
 
 def empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -56,7 +59,7 @@ def empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _differentiable(
-    operator: torch._ops.OpOverload, backward: Callable[..., tuple[Tensor, ...]]
+    operator: torch._ops.OpOverload, backward: Callable[..., tuple[Tensor, ...]], num_learned: int
 ) -> Callable[..., Any]:
     class WithGradient(torch.autograd.Function):
         @staticmethod
@@ -73,11 +76,12 @@ def _differentiable(
         def backward(ctx: Any, grad: Any, _: Any) -> Any:
             if torch.is_grad_enabled():
                 raise RuntimeError(f"{operator.name()} has no second derivatives; use impl `reference`")
-            return *backward(*ctx.saved_tensors, grad, ctx.scale), None
+            without = [None] * (len(ctx.needs_input_grad) - num_learned)
+            return *backward(*ctx.saved_tensors, grad, ctx.scale), *without
 
     def autograd(*inputs: Any) -> Any:
         if torch.is_grad_enabled():
-            for tensor in inputs[:-1]:
+            for tensor in inputs[:num_learned]:
                 if tensor.requires_grad:
                     return WithGradient.apply(*inputs)
         with torch._C._AutoDispatchBelowAutograd():

@@ -277,3 +277,38 @@ def test_float32_products_are_exact_unless_pytorch_may_use_tf32():
         assert launch.dot_precision(torch.float16) == "ieee"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "m", "d", "e"), [(70, 45, 24, 9), (33, 150, 24, 9), (129, 70, 256, 150), (9, 1, 16, 16)]
+)
+@pytest.mark.parametrize("form", ["fused", "chunks"])
+def test_a_bias_of_each_key_reaches_values_and_all_gradients(monkeypatch, form, n, m, d, e, dtype):
+    monkeypatch.setattr(attention_triton, "backward_form", lambda *_: form)
+    bias = torch.linspace(-2, 3, m, device=DEVICE)
+
+    def ours(q, k, v):
+        return attention(q, k, v, scale=d**-0.5, bias_M=bias, impl="triton")
+
+    def textbook(q, k, v):
+        weights = ((q @ k.mT) * d**-0.5 + bias.to(q.dtype)).softmax(-1)
+        return weights @ v
+
+    inputs = [
+        2 * made(2, n, d, dtype=dtype),
+        made(2, m, d, seed=1, dtype=dtype),
+        made(2, m, e, seed=2, dtype=dtype),
+    ]
+    assert_values_and_gradients_no_worse(ours, textbook, inputs, made(2, n, e, seed=3, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_that_are_the_values_too_are_read_once_and_get_both_gradients(dtype):
+    queries, both = 2 * made(2, 70, 19, dtype=dtype), made(2, 300, 19, seed=1, dtype=dtype)
+    assert_values_and_gradients_no_worse(
+        lambda q, kv: attention(q, kv, kv, scale=0.3, impl="triton"),
+        lambda q, kv: ((q @ kv.mT) * 0.3).softmax(-1) @ kv,
+        [queries, both],
+        made(2, 70, 19, seed=2, dtype=dtype),
+    )

@@ -36,9 +36,7 @@ def attention(
         case "triton":
             from segdeformer.kernels.attention.operator import attention_triton
 
-            if bias_M is not None:
-                raise ValueError("impl `triton` takes no bias yet; use sdpa")
-            return attention_triton(queries_BND, keys_BMD, values_BME, scale=scale)
+            return attention_triton(queries_BND, keys_BMD, values_BME, scale=scale, bias_M=bias_M)
         case "reference":
             return attention_reference(queries_BND, keys_BMD, values_BME, scale=scale, bias_M=bias_M)
         case "blocks":

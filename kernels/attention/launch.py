@@ -47,13 +47,15 @@ class Operands(NamedTuple):
     value_width: int
     scale: float
     keys_are_values: bool = False
+    bias: Tensor | None = None  # (M,) float32, in base 2
     upstream: Upstream | None = None
 
     def key(self) -> Hashable:
         """All that decides how kernels are called with these: see plans.start_kernel."""
         q, k, v = self.queries, self.keys, self.values
         shapes = q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride()
-        forward = shapes, q.dtype, dot_precision(q.dtype), self.width, self.value_width, self.scale
+        ways = self.keys_are_values, self.bias is not None
+        forward = shapes, ways, q.dtype, dot_precision(q.dtype), self.width, self.value_width, self.scale
         if self.upstream is None:
             return forward
         return forward, self.upstream.grad_out.stride(), self.upstream.unit is not None
@@ -74,7 +76,8 @@ class Operands(NamedTuple):
         return choose_tile(kernel, *widths, element_bytes, device, num_scores=num_scores)
 
     def tensors(self) -> dict[str, Tensor]:
-        inputs = {"queries": self.queries, "keys": self.keys, "values": self.values}
+        bias = self.queries if self.bias is None else self.bias  # not looked at
+        inputs = {"queries": self.queries, "keys": self.keys, "values": self.values, "bias": bias}
         return inputs if self.upstream is None else {**inputs, **self.upstream.tensors()}
 
     def numbers(self) -> dict[str, int | float]:
@@ -105,6 +108,7 @@ class Operands(NamedTuple):
             "BLOCK_QUERIES": tile.block_queries,
             "BLOCK_KEYS": tile.block_keys,
             "KEYS_ARE_VALUES": self.keys_are_values,
+            "HAS_BIAS": self.bias is not None,
             "HAS_UNIT": self.upstream is not None and self.upstream.unit is not None,
             "TMA": tile.tma,
             "WARP_SPECIALIZE": tile.warp_specialize,
@@ -133,12 +137,20 @@ def raised(grad_out: Tensor) -> tuple[Tensor, Tensor | None]:
     return grad_out * power.exp2(), power.neg().exp2()
 
 
-def pad_operands(queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, scale: float) -> Operands:
-    """Operands as the kernels want them: views where they are so already, else padded copies."""
+def pad_operands(
+    queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, scale: float, bias_M: Tensor | None = None
+) -> Operands:
+    """Operands as the kernels want them: views where they are so already, else padded copies.
+
+    bias_M: float32, in base e.
+    """
     width, value_width = queries_BND.shape[2], values_BME.shape[2]
     queries, keys = (padded_rows(tensor, padded_width(width)) for tensor in (queries_BND, keys_BMD))
-    values = padded_rows(values_BME, padded_width(value_width))
-    return Operands(queries, keys, values, width, value_width, scale)
+    same = keys_BMD.data_ptr() == values_BME.data_ptr() and keys_BMD.shape == values_BME.shape
+    same = same and keys_BMD.stride() == values_BME.stride()
+    values = keys if same else padded_rows(values_BME, padded_width(value_width))
+    bias = None if bias_M is None else bias_M * LOG2_E
+    return Operands(queries, keys, values, width, value_width, scale, keys_are_values=same, bias=bias)
 
 
 def attention_launch(kernel: str, x: Operands, results: Mapping[str, Tensor], tile: Tile) -> Launch | None:

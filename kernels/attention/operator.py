@@ -34,11 +34,13 @@ LEAST_CHUNK, MOST_CHUNK = 128, 2**18
 LaunchOf = Callable[[str, Operands, Mapping[str, Tensor], Tile], Launch | None]
 
 
-def attention_triton(queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, *, scale: float) -> Tensor:
-    """softmax(scale * Q K^T) V, (B, N, E), with gradients; under autocast in its dtype.
+def attention_triton(
+    queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, *, scale: float, bias_M: Tensor | None = None
+) -> Tensor:
+    """softmax(scale * Q K^T + bias) V, (B, N, E), with gradients; under autocast in its dtype.
 
-    float16, bfloat16 or float32, any strides, D and E up to 512. Raises `ValueError` for other
-    inputs, and `KernelError` when a kernel does not start.
+    float16, bfloat16 or float32, any strides, D and E up to 512; the bias is float32. Raises `ValueError`
+    for other inputs, and `KernelError` when a kernel does not start.
     """
     device_type = queries_BND.device.type
     if torch.is_autocast_enabled(device_type):
@@ -46,18 +48,24 @@ def attention_triton(queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, 
         queries_BND, keys_BMD, values_BME = (t.to(dtype) for t in (queries_BND, keys_BMD, values_BME))
     check_operands(queries_BND, keys_BMD, values_BME)
     check_widths(queries_BND.shape[2], values_BME.shape[2])
-    out_BNE, _ = attention_with_lse(queries_BND, keys_BMD, values_BME, scale)
+    if bias_M is not None:
+        bias_M = bias_M.to(torch.float32).contiguous()
+    out_BNE, _ = attention_with_lse(queries_BND, keys_BMD, values_BME, bias_M, scale)
     return out_BNE
 
 
-def _forward(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = _empty_outputs(queries, keys, values, scale)
+def _forward(
+    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, lse = _empty_outputs(queries, keys, values, bias, scale)
     if out.numel():
-        start_forward(pad_operands(queries, keys, values, scale), out, lse)
+        start_forward(pad_operands(queries, keys, values, scale, bias), out, lse)
     return out, lse
 
 
-def _empty_outputs(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _empty_outputs(
+    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     batch, num_queries, _ = queries.shape
     out = values.new_empty((batch, num_queries, values.shape[2]))
     return out, queries.new_empty((batch, num_queries), dtype=torch.float32)
@@ -97,7 +105,14 @@ def start_tiled(
 
 
 def _backward(
-    queries: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, scale: float
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    scale: float,
 ) -> tuple[Tensor, ...]:
     grads = grad_queries, grad_keys, grad_values = empty_like(queries, keys, values)
     if not grad_out.numel():
@@ -105,7 +120,7 @@ def _backward(
     if keys.shape[1] == 1:  # it has all the weight whatever its score: exactly no slope
         torch.sum(grad_out, dim=1, keepdim=True, out=grad_values)
         return grad_queries.zero_(), grad_keys.zero_(), grad_values
-    x = with_upstream(pad_operands(queries, keys, values, scale), out, lse, grad_out)
+    x = with_upstream(pad_operands(queries, keys, values, scale, bias), out, lse, grad_out)
     chunks = backward_form(x.queries, x.values) == "chunks"
     (backward_in_chunks if chunks else backward_fused)(x, *grads)
     return grads
@@ -196,5 +211,5 @@ def _adds_in_place(dtype: torch.dtype, device: torch.device) -> bool:
 
 # The output and, for the backward, each row's log-sum-exp in base 2, (B, N) float32.
 attention_with_lse = define_with_gradient(
-    "attention", ("queries", "keys", "values"), _forward, _empty_outputs, _backward
+    "attention", ("queries", "keys", "values", "bias?"), _forward, _empty_outputs, _backward
 )

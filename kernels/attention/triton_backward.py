@@ -9,7 +9,7 @@ its own (see launch.raised). Transposed products are computed directly, never by
 import triton
 import triton.language as tl
 
-from segdeformer.kernels.attention.triton_forward import load_rows, store_columns
+from segdeformer.kernels.attention.triton_forward import load_bias, load_rows, store_columns
 
 
 @triton.jit
@@ -29,6 +29,7 @@ def attention_backward_queries(
     queries,
     keys,
     values,
+    bias,
     grad_out,
     grad_queries,
     lse,
@@ -52,6 +53,7 @@ def attention_backward_queries(
     E1: tl.constexpr,
     E2: tl.constexpr,
     KEYS_ARE_VALUES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     EVEN_KEYS: tl.constexpr,
     HAS_UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -93,8 +95,11 @@ def attention_backward_queries(
         if D2 > 0:
             k2 = load_rows(keys, offsets, columns_d2, key_stride, num_keys - start, EVEN_KEYS)
             scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
-        weights = tl.exp2(scores * scale_log2 - row_lse[:, None])
-        if not EVEN_KEYS:
+        scores = scores * scale_log2 - row_lse[:, None]
+        if HAS_BIAS:
+            scores += load_bias(bias + start, offsets, num_keys - start)[None, :]
+        weights = tl.exp2(scores)
+        if not EVEN_KEYS and not HAS_BIAS:
             weights = tl.where((offsets < num_keys - start)[None, :], weights, 0.0)
         if KEYS_ARE_VALUES:
             v1 = k1
@@ -126,6 +131,7 @@ def attention_backward_keys(
     queries,
     keys,
     values,
+    bias,
     grad_out,
     grad_keys,
     grad_values,
@@ -152,6 +158,7 @@ def attention_backward_keys(
     E2: tl.constexpr,
     OF_KEYS: tl.constexpr,
     OF_VALUES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     EVEN_QUERIES: tl.constexpr,
     HAS_UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -194,6 +201,8 @@ def attention_backward_keys(
         if E2 > 0:
             of_values2 = tl.zeros([BLOCK_KEYS, E2], tl.float32)
 
+    if HAS_BIAS:
+        key_bias = load_bias(bias + first, offsets, left)
     for start in tl.range(0, num_queries, BLOCK_QUERIES):
         q1 = load_rows(queries, rows, columns_d1, query_stride, num_queries - start, EVEN_QUERIES)
         scores_t = tl.dot(k1, q1.T, input_precision=PRECISION)
@@ -202,7 +211,10 @@ def attention_backward_keys(
             scores_t = tl.dot(k2, q2.T, scores_t, input_precision=PRECISION)
         # Queries past the end get an infinite lse, hence no weight.
         row_lse = tl.load(lse + start + rows, mask=rows < num_queries - start, other=float("inf"))
-        weights_t = tl.exp2(scores_t * scale_log2 - row_lse[None, :])
+        scores_t = scores_t * scale_log2 - row_lse[None, :]
+        if HAS_BIAS:
+            scores_t += key_bias[:, None]
+        weights_t = tl.exp2(scores_t)
         g1 = load_rows(grad_out, rows, columns_e1, grad_stride, num_queries - start, EVEN_QUERIES)
         if E2 > 0:
             g2 = load_rows(grad_out, rows, columns_e2, grad_stride, num_queries - start, EVEN_QUERIES)
@@ -244,6 +256,7 @@ def attention_weights_and_grads(
     queries,
     keys,
     values,
+    bias,
     grad_out,
     weights,
     grad_scores,
@@ -259,6 +272,7 @@ def attention_weights_and_grads(
     scale_log2,
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -291,7 +305,10 @@ def attention_weights_and_grads(
 
     row_lse = tl.load(lse + rows, mask=rows < num_queries, other=float("inf"))
     delta = tl.load(deltas + rows, mask=rows < num_queries, other=0.0)
-    probabilities = tl.exp2(scores * scale_log2 - row_lse[:, None])
+    scores = scores * scale_log2 - row_lse[:, None]
+    if HAS_BIAS:
+        scores += load_bias(bias, offsets, num_keys)[None, :]
+    probabilities = tl.exp2(scores)
     inside = (rows[:, None] < num_queries) & (offsets[None, :] < num_keys)
     places = rows.to(tl.int64)[:, None] * weights_stride + offsets[None, :]
     tl.store(weights + places, probabilities.to(weights.dtype.element_ty), mask=inside)

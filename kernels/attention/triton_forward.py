@@ -18,6 +18,12 @@ def load_rows(base, rows, columns, stride, num_rows, EVEN: tl.constexpr):
 
 
 @triton.jit
+def load_bias(base, keys, num_keys):
+    """What the scores of these keys get besides, in base 2; keys past the end have no weight."""
+    return tl.load(base + keys, mask=keys < num_keys, other=-float("inf"))
+
+
+@triton.jit
 def store_columns(base, tile, rows, columns, stride, num_rows, num_columns):
     """A tile of rows, without its padding."""
     inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
@@ -29,6 +35,7 @@ def attention_forward(
     queries,
     keys,
     values,
+    bias,
     out,
     lse,
     num_queries,
@@ -46,6 +53,7 @@ def attention_forward(
     E1: tl.constexpr,
     E2: tl.constexpr,
     KEYS_ARE_VALUES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     EVEN_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
@@ -113,7 +121,9 @@ def attention_forward(
                 k2 = load_rows(keys, offsets, columns_d2, key_stride, num_keys - start, EVEN_KEYS)
             scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
         scores = scores * scale_log2
-        if not EVEN_KEYS:
+        if HAS_BIAS:
+            scores += load_bias(bias + start, offsets, num_keys - start)[None, :]
+        elif not EVEN_KEYS:
             scores = tl.where((offsets < num_keys - start)[None, :], scores, -float("inf"))
         risen = tl.maximum(highest, tl.max(scores, 1))
         shrink = tl.exp2(highest - risen)
@@ -154,6 +164,7 @@ def attention_forward_few_keys(
     queries,
     keys,
     values,
+    bias,
     out,
     lse,
     num_queries,
@@ -171,6 +182,7 @@ def attention_forward_few_keys(
     D2: tl.constexpr,
     E1: tl.constexpr,
     E2: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -199,6 +211,8 @@ def attention_forward_few_keys(
         columns_e2 = E1 + tl.arange(0, E2)
         v2 = load_rows(values, offsets, columns_e2, value_stride, num_keys, False)
 
+    if HAS_BIAS:
+        key_bias = load_bias(bias, offsets, num_keys)
     for step in tl.range(0, num_blocks):
         first = (tl.program_id(0) + step * tl.num_programs(0)) * BLOCK_QUERIES
         left = num_queries - first
@@ -208,7 +222,10 @@ def attention_forward_few_keys(
         if D2 > 0:
             q2 = load_rows(here, rows, columns_d2, query_stride, left, False)
             scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
-        scores = tl.where((offsets < num_keys)[None, :], scores * scale_log2, -float("inf"))
+        if HAS_BIAS:
+            scores = scores * scale_log2 + key_bias[None, :]
+        else:
+            scores = tl.where((offsets < num_keys)[None, :], scores * scale_log2, -float("inf"))
         highest = tl.max(scores, 1)
         weights = tl.exp2(scores - highest[:, None])
         weight = tl.sum(weights, 1)

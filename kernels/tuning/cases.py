@@ -185,7 +185,8 @@ DECODER: tuple[tuple[str, int, int, int, int | None, int], ...] = (
     ("attention", 256, 256, 16384, None, 4),
     ("attention", 256, 150, 16384, None, 0),
     ("attention", 256, 256, 16384, 1024, 4),  # reduction 4
-    ("attention", 256, 150, 16384, 1024, 0),
+    ("attention", 256, 150, 16384, 1024, 0),  # folded, as with key stride 4
+    ("attention", 150, 150, 16384, 1024, 4),  # the external stage with key stride 4
     ("attention", 256, 256, 1024, None, 8),  # maps at 1/16
     ("external_attention", 150, 150, 1024, None, 8),
     ("attention", 512, 512, 16384, None, 4),

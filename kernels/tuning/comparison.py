@@ -197,7 +197,7 @@ def faster_backward(comparison: Comparison, device: torch.device, *, most_pixels
     assert isinstance(inputs, AttentionInputs)
     assert inputs.grad_out is not None
     queries, keys, values = tensors = [t.detach() for t in inputs.tensors]
-    out, lse = attention_with_lse(queries, keys, values, inputs.scale)
+    out, lse = attention_with_lse(queries, keys, values, None, inputs.scale)
     x = with_upstream(pad_operands(queries, keys, values, inputs.scale), out, lse, inputs.grad_out)
     grads = [torch.empty_like(t) for t in tensors]
     times = {}
