@@ -258,6 +258,8 @@ def cases_of(group: AnyGroup, machine: Machine) -> Iterator[tuple[str, Callable[
 def attention_cases(group: Group, machine: Machine) -> Iterator[tuple[str, Callable[[], Verdict]]]:
     """Those of an attention's group."""
     cases = ["plain", "strided", "large logits"]
+    if group.operation == "attention":
+        cases.insert(1, "biased")
     if machine.is_rehearsal and group.dtype == torch.float32:
         # NumPy's products k q and q k differ by several roundings: its backward misses its forward's lse.
         cases.remove("large logits")
@@ -275,6 +277,7 @@ def check_attention(group: Group, n: int, m: int, case: str, machine: Machine) -
         device=machine.device,
         training=True,
         peak=LARGE if case == "large logits" else 1.0,
+        biased=case == "biased",
         seed=n * 10007 + m,
         arrange=strided if case == "strided" else torch.Tensor.contiguous,
     )

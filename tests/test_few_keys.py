@@ -238,3 +238,17 @@ def test_half_precision_is_no_worse_than_with_all_keys(dtype):
             errors[name, stride] = (one(x).logits_BKhw.double() - exact).abs().max()
     for name in ("unfolded", "folded"):
         assert errors[name, 4] <= 2 * errors[name, 1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stride", [2, 4])
+@pytest.mark.parametrize("name", ["both", "released"])
+def test_kernels_with_few_keys_are_the_same_loop(name, stride):
+    x = tokens(9, 14, 16)
+    expected = loop_context(strided_context(name, 1), x, stride)
+    context = strided_context(name, stride, impl="triton").float()
+    ours = context(x._replace(pixels_BNC=x.pixels_BNC.float())).tokens.pixels_BNC
+    eager = strided_context(name, stride, impl="reference").float()
+    theirs = eager(x._replace(pixels_BNC=x.pixels_BNC.float())).tokens.pixels_BNC
+    error, allowed = ((y.double() - expected).abs().max() for y in (ours, theirs))
+    assert error <= 2 * allowed + 1e-6 * expected.abs().max()

@@ -283,10 +283,12 @@ def attention_inputs(
     device: torch.device,
     training: bool,
     peak: float = 1.0,
+    biased: bool = False,
     seed: int = 0,
     arrange: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> AttentionInputs:
-    """Random ones. widths: D, E; sizes: B, N, M; peak: what the scores are multiplied by.
+    """Random ones. widths: D, E; sizes: B, N, M; peak: what the scores are multiplied by; biased: keys weigh
+    differently, as blocks of 1 to 16 pixels do.
 
     arrange: puts the values of a tensor into another place.
     """
@@ -306,7 +308,11 @@ def attention_inputs(
         )
     else:
         tensors = random(peak, b, n, d), random(1, b, m, d), random(1, b, m, e)
-        made = AttentionInputs(attention, attention_reference, tensors, d**-0.5, None)
+        functions: tuple[Callable[..., Tensor], Callable[..., Tensor]] = attention, attention_reference
+        if biased:
+            bias_M = (torch.arange(m, device=device) % 16 + 1.0).log() - math.log(16)
+            functions = partial(attention, bias_M=bias_M), partial(attention_reference, bias_M=bias_M)
+        made = AttentionInputs(*functions, tensors, d**-0.5, None)
     return made._replace(grad_out=random(1, b, n, e).detach()) if training else made
 
 
