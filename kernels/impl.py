@@ -21,7 +21,7 @@ Impl = Literal["auto", "triton", "sdpa", "blocks", "reference"]
 ChosenImpl = Literal["triton", "sdpa", "blocks", "reference"]
 ChosenUpsampling = Literal["triton", "strips", "reference"]
 
-# From here on, by measurement, `blocks` outruns scaled_dot_product_attention on a CPU.
+# From here on `blocks` may outrun scaled_dot_product_attention on a CPU: see `cpu`.
 LEAST_SCORES_FOR_BLOCKS = 2**22
 
 
@@ -97,7 +97,7 @@ def choose_impl(
 
     `auto` on a GPU: what measurements on this GPU say is faster for these widths, this element size and
     a problem of about this size, with or without gradients; `sdpa` where nothing was measured. On a CPU:
-    `blocks` for large float32 maps without gradients, else `sdpa`.
+    for large float32 maps without gradients `blocks`, unless `sdpa` was measured to be faster; else `sdpa`.
     """
     if impl in ("triton", "sdpa", "blocks", "reference"):
         return impl
@@ -110,7 +110,11 @@ def choose_impl(
         return "triton"
     large = num_queries * num_keys >= LEAST_SCORES_FOR_BLOCKS
     plain = queries_BND.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return "blocks" if device.type == "cpu" and large and plain and not training else "sdpa"
+    if device.type == "cpu" and large and plain and not training:
+        from segdeformer.kernels.cpu import blocks_are_faster
+
+        return "blocks" if blocks_are_faster(kind.width, kind.value_width, num_keys) else "sdpa"
+    return "sdpa"
 
 
 def _ours_is_faster(

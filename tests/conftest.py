@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import torch
 
 # A shell's background jobs, and nohup, ignore signals, which children would inherit.
@@ -21,3 +22,12 @@ if threading.current_thread() is threading.main_thread():
 # Without a GPU the Triton kernels run in Triton's interpreter, which is chosen when they are imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from segdeformer.kernels import cpu  # which may import Triton
+
+
+@pytest.fixture(autouse=True)
+def nothing_measured_for_another_test():
+    """A command in a test lets `auto` measure this CPU and say so where it prints; not beyond that test."""
+    yield
+    cpu.measure_when_asked(None)

@@ -72,7 +72,7 @@ def test_an_exported_model_gives_the_same_logits(impl):
 def test_fake_tensors_get_shapes_and_dtypes_without_running_a_kernel():
     with FakeTensorMode():
         q, v = torch.empty(2, 35, 32, dtype=torch.bfloat16), torch.empty(2, 7, 19, dtype=torch.bfloat16)
-        out = torch.ops.segdeformer.attention(q, q[:, :7], v, 0.5)
+        out = torch.ops.segdeformer.attention(q, q[:, :7], v, None, 0.5)
         mixed = torch.ops.segdeformer.external_attention(q, q.float(), 0.5)
     assert [(t.shape, t.dtype) for t in (*out, *mixed)] == [
         ((2, 35, 19), torch.bfloat16),
@@ -87,7 +87,11 @@ def test_the_operators_pass_pytorchs_own_checks():
         return torch.randn(*shape, device=DEVICE, requires_grad=True)
 
     for op, inputs in [
-        (torch.ops.segdeformer.attention, (leaf(2, 35, 32), leaf(2, 20, 32), leaf(2, 20, 19))),
+        (torch.ops.segdeformer.attention, (leaf(2, 35, 32), leaf(2, 20, 32), leaf(2, 20, 19), None)),
+        (
+            torch.ops.segdeformer.attention,
+            (leaf(2, 35, 32), leaf(2, 20, 32), leaf(2, 20, 19), torch.randn(20, device=DEVICE)),
+        ),
         (torch.ops.segdeformer.external_attention, (leaf(2, 35, 19), leaf(2, 35, 19))),
     ]:
         torch.library.opcheck(op.default, (*inputs, 0.2))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from segdeformer.kernels.attention.sdpa import attention_sdpa
 from segdeformer.kernels.impl import Impl, choose_impl
-
-SDPA_ALIGNMENT = 8  # elements, for the GPU's fused kernels
 
 
 def attention(
@@ -45,7 +43,7 @@ def attention(
             with torch.autocast("cpu", enabled=False):
                 return attention_blocks(queries_BND, keys_BMD, values_BME, scale=scale, bias_M=bias_M)
         case "sdpa":
-            return _attention_sdpa(queries_BND, keys_BMD, values_BME, scale=scale, bias_M=bias_M)
+            return attention_sdpa(queries_BND, keys_BMD, values_BME, scale=scale, bias_M=bias_M)
 
 
 def attention_reference(
@@ -56,26 +54,6 @@ def attention_reference(
     if bias_M is not None:
         scores_BNM = scores_BNM + bias_M.to(scores_BNM.dtype)
     return scores_BNM.softmax(dim=-1) @ values_BME
-
-
-def _attention_sdpa(
-    queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor, *, scale: float, bias_M: Tensor | None
-) -> Tensor:
-    width, value_width = queries_BND.shape[-1], values_BME.shape[-1]
-    # Unequal widths would drop PyTorch into the form that holds N x M scores, on a GPU odd ones too.
-    # Zeros in queries and keys leave the scores as they are, zeros in values add columns that are cut off.
-    common = max(width, value_width)
-    if queries_BND.device.type != "cpu":
-        common += -common % SDPA_ALIGNMENT
-    if width < common:
-        queries_BND, keys_BMD = F.pad(queries_BND, (0, common - width)), F.pad(keys_BMD, (0, common - width))
-    if value_width < common:
-        values_BME = F.pad(values_BME, (0, common - value_width))
-    mask = None if bias_M is None else bias_M.to(queries_BND.dtype).expand(queries_BND.shape[1], -1)
-    out_B1NE = F.scaled_dot_product_attention(
-        queries_BND.unsqueeze(1), keys_BMD.unsqueeze(1), values_BME.unsqueeze(1), attn_mask=mask, scale=scale
-    )
-    return out_B1NE.squeeze(1)[..., :value_width]
 
 
 def check_attention_shapes(queries_BND: Tensor, keys_BMD: Tensor, values_BME: Tensor) -> None:

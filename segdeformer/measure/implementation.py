@@ -26,6 +26,7 @@ from segdeformer.kernels.choices import (
     read_choices,
     tuned_choices,
 )
+from segdeformer.kernels.cpu import measure_when_asked
 from segdeformer.kernels.impl import Call, calls_noted
 from segdeformer.kernels.tiles import LARGEST_WIDTH, architecture_of, size_class
 from segdeformer.kernels.upsample.argmax import upsample_argmax
@@ -113,10 +114,15 @@ def settle_impl(
 
     about: what the calls depend on; where they were settled before, they are not even made. All processes
     of a run must call it; the first one compares, in about `SECONDS`, and says so in a line before and
-    another after. What fails, is wrong or has no time left stays PyTorch's.
+    another after. What fails, is wrong or has no time left stays PyTorch's. On a CPU nothing is compared
+    yet: see `kernels.cpu`.
     """
     device, processes = runtime.device, runtime.processes
-    if runtime.impl != "auto" or device.type != "cuda":
+    if runtime.impl != "auto":
+        return
+    if device.type == "cpu":
+        measure_when_asked(say if processes.is_first else lambda line: None)
+    if device.type != "cuda":
         return
     choices = _settled(device, find_calls, about, say) if processes.is_first else []
     with explained_loss():

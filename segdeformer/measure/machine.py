@@ -7,13 +7,12 @@ import importlib.util
 import os
 import platform
 from importlib.metadata import version
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from segdeformer.commit import commit
-from segdeformer.data.parallel import num_cores
+from segdeformer.kernels.cpu import cpu_name
 
 BUSY_LOAD = 0.3  # of a core taken by others; more distorts times
 
@@ -38,7 +37,7 @@ def this_machine(device: torch.device, *packages: str) -> Machine:
     """The machine as far as this device is concerned, and the versions of further packages."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions |= {package: version(package) for package in packages}
-    hardware = _cpu_name()
+    hardware = cpu_name()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         hardware = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB; {hardware}"
@@ -50,12 +49,3 @@ def this_machine(device: torch.device, *packages: str) -> Machine:
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     today = datetime.date.today().isoformat()
     return Machine(hardware, torch.get_num_threads(), load, versions, commit(), today)
-
-
-def _cpu_name() -> str:
-    """The processor's name and how many cores this process may use."""
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text("utf-8").splitlines() if about.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {num_cores()} cores"
