@@ -14,7 +14,7 @@ from segdeformer.cli.launch import launch
 from segdeformer.config import Recipe, change_recipe
 from segdeformer.errors import UsageError
 from segdeformer.measure.implementation import settle_inference
-from segdeformer.models.few_keys import set_key_stride
+from segdeformer.models.few_keys import check_key_stride
 from segdeformer.runtime import Runtime, choose_runtime
 from segdeformer.runtime.distributed import joined_processes, started_by_torchrun
 from segdeformer.weights.checkpoint import Loaded, find_checkpoint, load
@@ -66,7 +66,7 @@ def open_model(
     recipe = change_recipe(
         loaded.checkpoint.recipe, mode=mode, scales=several, flip=flip, key_stride=key_stride
     )
-    set_key_stride(loaded.model, recipe.evaluate.key_stride)  # before anything is read, if it cannot be
+    check_key_stride(loaded.model, recipe.evaluate.key_stride)
     return Opened(loaded, recipe, runtime, folding)
 
 

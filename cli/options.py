@@ -14,7 +14,7 @@ ImplName = Annotated[
         "--impl", help="What computes attention, loss and argmax: auto, triton, sdpa, blocks or reference."
     ),
 ]
-Mode = Annotated[str | None, Option(help="whole image, or slide a window; default: as the recipe says.")]
+Mode = Annotated[str | None, Option(help="whole image, slide a window, or auto; default: the recipe's.")]
 Scales = Annotated[
     str | None, Option(help="Scales to average over, such as 0.5,1.0,1.5; default: the recipe's.")
 ]

@@ -99,6 +99,8 @@ def scores_line(report: Report) -> str:
 
 def protocol_line(protocol: EvalConfig) -> str:
     """The protocol in words."""
+    from segdeformer.config.data import LARGER
+
     size = "own size"
     if protocol.resize_to is not None:
         long_px, short_px = protocol.resize_to
@@ -106,9 +108,11 @@ def protocol_line(protocol: EvalConfig) -> str:
     if protocol.multiple_of > 1:
         size += f", up to a multiple of {protocol.multiple_of}"
     mode: str = protocol.mode
-    if mode == "slide":
+    if mode != "whole":
         (height, width), (down, right) = protocol.window, protocol.stride
-        mode += f" {height} x {width}, stride {down} x {right}"
+        mode = f"slide {height} x {width}, stride {down} x {right}"
+    if protocol.mode == "auto":
+        mode = f"whole; images over {LARGER} windows: {mode}"
     scales = ", ".join(f"{scale:g}" for scale in protocol.scales)
     line = f"{mode}; {size}; scales {scales}; {'with' if protocol.flip else 'no'} flip"
     stride = protocol.key_stride

@@ -90,7 +90,7 @@ def test_wrong_type_is_never_converted(path: str, value: Any, complaint: str) ->
             "Input should be 'mlp', 'upernet', 'fpn', 'fapn', 'third_party' or 'module:name'; got 'mpl'",
         ),
         ("model.fusion.depth", 1, "Input should be greater than or equal to 2; got 1"),
-        ("evaluate.mode", "sliding", "Input should be 'whole' or 'slide'; got 'sliding'"),
+        ("evaluate.mode", "sliding", "Input should be 'whole', 'slide' or 'auto'; got 'sliding'"),
         ("reported", {"table": 9, "row": "x"}, "Input should be less than or equal to 8; got 9"),
     ],
 )

@@ -20,7 +20,8 @@ from segdeformer.config.fields import (
 )
 
 DataName = Literal["landcover", "folder", "ade20k", "cityscapes", "coco_stuff", "synthetic"]
-EvalMode = Literal["whole", "slide"]
+EvalMode = Literal["whole", "slide", "auto"]
+LARGER = 1.25  # than the window: from there on mode `auto` slides
 
 
 def _known_or_own(name: str) -> str:
@@ -105,7 +106,9 @@ class EvalConfig(Strict):
 
     resize_to: (long, short) edge in px, ratio kept; None evaluates at the image's own size.
     multiple_of: round the resized size up to this multiple (SegFormer's own code: 32).
-    window, stride: (height, width) in px of the sliding window, for mode `slide`.
+    mode: `whole` images, `slide` a window, or `auto`: whole up to 1.25 windows a side, sliding beyond. Models
+        err on images much larger than what they were trained on.
+    window, stride: (height, width) in px of the sliding window.
     scales, flip: more than one scale, or flip, averages softmax over all of them.
     key_stride: attention takes means of blocks of so many pixels squared for its keys and values, an
         approximation; 1: all keys. None: as the model was trained.
@@ -119,6 +122,12 @@ class EvalConfig(Strict):
     scales: Annotated[tuple[PositiveFloat, ...], Field(strict=False, min_length=1)] = (1.0,)
     flip: bool = False
     key_stride: Positive | None = None
+
+    def slides(self, height: int, width: int) -> bool:
+        """Whether an image of this size, in px, is seen through windows."""
+        if self.mode == "auto":
+            return height > LARGER * self.window[0] or width > LARGER * self.window[1]
+        return self.mode == "slide"
 
     @model_validator(mode="after")
     def _windows_leave_no_gap(self) -> EvalConfig:

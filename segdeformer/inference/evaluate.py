@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from segdeformer.config import IGNORE_INDEX, DataConfig, EvalConfig
+from segdeformer.config.data import LARGER
 from segdeformer.data.classes import ClassTable
 from segdeformer.data.samples import Dataset, Sample
 from segdeformer.errors import UserError
@@ -211,13 +212,15 @@ def check_same_classes(model_classes: ClassTable, dataset: Dataset, what: str) -
 
 def protocol_notes(protocol: EvalConfig) -> str:
     """In words, what the fields of a protocol leave open."""
-    if protocol.mode == "slide":
+    whole = "logits are resized once, from the decoder's map to the image's own size, before argmax"
+    path = whole
+    if protocol.mode != "whole":
         path = (
             "logits of each window are resized to the window, summed, divided by the number of windows over "
             "each pixel, and resized to the image's own size before argmax; the last window shifts inwards"
         )
-    else:
-        path = "logits are resized once, from the decoder's map to the image's own size, before argmax"
+    if protocol.mode == "auto":
+        path = f"images up to {LARGER} windows a side: {whole}; larger ones: {path}"
     several = (
         "softmax is averaged over scales and flip; " if protocol.flip or len(protocol.scales) > 1 else ""
     )

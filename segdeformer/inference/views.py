@@ -200,9 +200,9 @@ def _view(
     device: torch.device,
 ) -> View:
     image_3HW = moved(torch.from_numpy(normalise(image_HW3, data.mean, data.std)).permute(2, 0, 1), device)
-    if protocol.mode == "whole":
-        return WholeView(_logits(model, image_3HW), size)
     resized = (image_HW3.shape[0], image_HW3.shape[1])
+    if not protocol.slides(*resized):
+        return WholeView(_logits(model, image_3HW), size)
     windows = [
         (w, _logits(model, image_3HW[:, w.top : w.top + w.height, w.left : w.left + w.width]))
         for w in sliding_windows(resized, protocol.window, protocol.stride)

@@ -94,7 +94,7 @@ def inference_calls(
 ) -> list[Call]:
     """What `auto` decides for one image, a blank one of the protocol's window or of the training crop."""
     size = protocol.window if protocol.mode == "slide" else recipe.augment.crop
-    one_view = protocol.mode == "whole" and len(protocol.scales) == 1 and not protocol.flip
+    one_view = protocol.mode != "slide" and len(protocol.scales) == 1 and not protocol.flip
     with calls_noted() as calls, torch.inference_mode():
         logits_1Khw = model(torch.zeros(1, 3, *size, device=device)).logits_BKhw.float()
         if one_view:  # others are put together in strips, whatever the implementation

@@ -63,15 +63,19 @@ def set_key_stride(model: nn.Module, stride: int | None) -> None:
 
     1: all keys. None: as the model was trained. Raises `UsageError` where there are no such keys.
     """
-    attentions = _attentions(model)
+    check_key_stride(model, stride)
+    for attention in _attentions(model):
+        attention.key_stride = attention.trained_key_stride if stride is None else stride
+
+
+def check_key_stride(model: nn.Module, stride: int | None) -> None:
+    """Raise `UsageError` for a stride that the model cannot have."""
     if stride is not None and stride < 1:
         raise UsageError(f"the key stride is {stride}; it must be 1 or more")
     if stride is not None and stride > 1:
         obstacle = key_stride_obstacle(model)
         if obstacle is not None:
             raise UsageError(f"key stride {stride}: {obstacle}; leave it at 1")
-    for attention in attentions:
-        attention.key_stride = attention.trained_key_stride if stride is None else stride
 
 
 def key_stride_obstacle(model: nn.Module) -> str | None:
