@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from segdeformer.config import Recipe
     from segdeformer.data.check.findings import Finding
+    from segdeformer.data.samples import Dataset
     from segdeformer.protocols import OwnLogger
     from segdeformer.runtime import Runtime
     from segdeformer.training.loop import Skipped, Step, Validated, Validating
@@ -65,12 +66,38 @@ def introduce(
         )
     for found in findings:
         console.print(found.line(), style="yellow")
+    if advice := size_advice(recipe, data):
+        console.print(advice, style="yellow")
     for warning in run.progress.warnings:
         console.print(f"warning: {warning}", style="yellow")
     console.print(show.groups_table(run.groups, recipe.train), soft_wrap=False)
     console.print(show.schedule_line(recipe))
     if run.progress.iteration:
         console.print(f"goes on after iteration {run.progress.iteration:,}")
+
+
+def size_advice(recipe: Recipe, data: Dataset) -> str:
+    """What to set where images are much larger than the crop that is trained on; empty if they are not."""
+    from segdeformer.config.data import LARGER
+    from segdeformer.data.datasets import typical_size
+
+    size, crop = typical_size(data), recipe.augment.crop
+    if size is None or recipe.augment.resize_to is not None:
+        return ""
+    if size[0] <= LARGER * crop[0] and size[1] <= LARGER * crop[1]:
+        return ""
+    (height, width), share = size, crop[0] * crop[1] / (size[0] * size[1])
+    windows = "in windows of {} x {}".format(*recipe.evaluate.window)
+    how = "whole" if recipe.evaluate.mode == "whole" else windows
+    remedy = "a larger augment.crop, with evaluate.window as large"
+    shrink = max(size) / (2 * max(crop))
+    if shrink > 1:
+        long_px, short_px = (round(side / shrink / 32) * 32 for side in (max(size), min(size)))
+        remedy += f", or augment.resize_to and evaluate.resize_to = [{long_px}, {short_px}]"
+    return (
+        f"note: images are {width} x {height} px; a crop of {crop[1]} x {crop[0]} shows {share:.0%} of one, "
+        f"and they are evaluated {how}. To show more: {remedy}"
+    )
 
 
 def _sharing(run: Run) -> str:

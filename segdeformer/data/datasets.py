@@ -18,7 +18,7 @@ from segdeformer.config import IGNORE_INDEX, DataConfig, DataName
 from segdeformer.data.built_in import LandcoverDataset, SyntheticDataset
 from segdeformer.data.classes import CLASS_TABLES, ClassTable, load_classes
 from segdeformer.data.folders import Layout, Pair, list_files, pair_files
-from segdeformer.data.images import read_image, read_labels
+from segdeformer.data.images import image_size, read_image, read_labels
 from segdeformer.data.samples import Dataset, LabelMap, Sample, Splits, identity_map
 from segdeformer.errors import UsageError, UserError
 from segdeformer.plugins import check_attributes, explained, find_part, is_path, refuse
@@ -46,6 +46,18 @@ class FileDataset:
         image_HW3, labels_HW = read_image(pair.image), read_labels(pair.labels)
         check_same_size(pair, image_HW3.shape[:2], labels_HW.shape)
         return Sample(image_HW3, map_labels(labels_HW, self.label_map, pair.labels), pair.name)
+
+
+def typical_size(dataset: Dataset, *, most: int = 64) -> tuple[int, int] | None:
+    """Medians of height and width in px of up to `most` images, by their headers; None if there are none."""
+    if not isinstance(dataset, FileDataset):
+        return None
+    pairs = dataset.pairs[:: -(-len(dataset.pairs) // most)]
+    sizes = [size for pair in pairs if (size := image_size(pair.image)) is not None]
+    if not sizes:
+        return None
+    heights, widths = (sorted(side) for side in zip(*sizes, strict=True))
+    return heights[len(heights) // 2], widths[len(widths) // 2]
 
 
 def check_same_size(pair: Pair, image_hw: tuple[int, ...], labels_hw: tuple[int, ...]) -> None:

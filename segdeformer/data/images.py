@@ -48,6 +48,19 @@ def read_image(path: Path) -> np.ndarray:
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
 
 
+def image_size(path: Path) -> tuple[int, int] | None:
+    """(height, width) in px by an image's header, turned as its EXIF orientation says; None without one."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            is_turned = image.getexif().get(0x0112, 1) >= 5  # the orientations that swap the sides
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    return (width, height) if is_turned else (height, width)
+
+
 def read_labels(path: Path) -> np.ndarray:
     """Read a label map as (H, W) integers, exactly as stored; of a palette PNG the indices, not the colours.
 
