@@ -65,8 +65,8 @@ def test_the_typical_size_is_the_median_of_each_side(tmp_path):
             (1500, 2000),
             {"evaluate__mode": "whole"},
             "note: images are 2000 x 1500 px; a crop of 256 x 256 shows 2% of one, and they are evaluated "
-            "whole. To show more: a larger augment.crop, with evaluate.window as large, or augment.resize_to and "
-            "evaluate.resize_to = [512, 384]",
+            "whole. To show more: a larger augment.crop, with evaluate.window as large, or augment.resize_to "
+            "and evaluate.resize_to = [512, 384]",
         ),
     ],
 )
