@@ -155,6 +155,8 @@ def _train(
         if (out / RECIPE).is_file():
             resumed = out
             wanted = wanted._replace(recipe=None, seed=None, batch=None, weights=None, precision=None)
+    if resume and resumed is None:
+        console.print(f"no run in {out} yet: it begins")
     prepared = prepare(wanted, resumed)
     recipe = prepared.recipe
     findings = quick_check(recipe.data) if first else ()

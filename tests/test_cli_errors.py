@@ -76,7 +76,7 @@ def data(tmp_path) -> Path:
 # Usage: nothing was started, exit code 2.
 
 DEVICES = "expected auto, cpu, cuda or cuda:N"
-RESUME = "--resume goes on with the run's own recipe; leave out RECIPE and its changes"
+RESUME = "--resume with a RECIPE or changes goes on with the run in --out; name it"
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_triton_without_a_gpu_says_what_it_needs(checkpoint, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--mode", "hole", "--mode: Input should be 'whole' or 'slide'; got 'hole'"),
+        ("--mode", "hole", "--mode: Input should be 'whole', 'slide' or 'auto'; got 'hole'"),
         ("--scales", "1;2", "--scales 1;2: expected numbers such as 0.5,1.0,1.5"),
         ("--scales", "1,0", "--scales: Input should be greater than 0; got 0.0"),
         ("--device", "gpu", f"device is `gpu`; {DEVICES}"),
@@ -289,10 +289,20 @@ def test_without_any_run_eval_and_resume_say_how_to_start_one(tmp_path, monkeypa
     assert refusal("train", "--resume", code=1) == expected
 
 
-def test_resuming_a_folder_without_a_run_says_that_there_is_none(tmp_path):
-    message = refusal("train", "--resume", "--out", tmp_path / "nothing", code=1)
-    assert message.startswith(f"{tmp_path / 'nothing'} holds no ")
-    assert not (tmp_path / "nothing").exists()
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["--seed", "5"], "train.seed is 5, the run has 0"),
+        (["--batch", "6"], "train.batch_size is 6, the run has 3"),
+        (["--precision", "bfloat16"], "train.precision is bfloat16, the run has float32"),
+        (["landcover"], "name is landcover, the run has synthetic"),
+    ],
+)
+def test_a_repeated_command_that_says_something_else_is_refused_by_name(run, changes, told):
+    message = refusal("train", "--resume", "--out", run, *changes, code=2)
+    assert message.startswith("--resume: ")
+    assert told in message
+    assert message.endswith(f"leave it out, or choose another --out than {run}")
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(run):

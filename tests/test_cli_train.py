@@ -368,3 +368,16 @@ def test_tensorboard_gets_the_numbers_where_it_is_installed(tmp_path, monkeypatc
     assert read_metrics(tmp_path) == [entry]
     expected = [(str(tmp_path / "tensorboard"), 1), ("validation/miou", 0.25, 5), "closed"]
     assert written == (expected if installed else [])
+
+
+def test_the_same_command_with_resume_begins_a_run_and_later_goes_on_with_it(tmp_path, finished):
+    command = ("train", "synthetic", "--iterations", 4, "--batch", 2, "--seed", 3, "--workers", 0, "--resume")
+    folder = tmp_path / "run"
+    printed = succeeded(*command, "--out", folder)
+    assert printed.startswith(f"no run in {folder} yet: it begins\n")
+    ours, theirs = load_file(folder / LAST), load_file(finished[0] / LAST)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    again = succeeded(*command, "--out", folder)
+    assert again.endswith(f"{folder} is complete at iteration 4; --iterations N trains on\n")
+    longer = [6 if word == 4 else word for word in command]
+    assert "  changed train.iterations: 4 -> 6\n" in succeeded(*longer, "--out", folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from segdeformer.config import DEFAULT_RECIPE, Recipe, change_recipe, load_recipe
+from segdeformer.config.changes import differences
 from segdeformer.data.datasets import choose_data, open_splits, parse_data_spec
 from segdeformer.data.samples import Splits
 from segdeformer.errors import UsageError, UserError
@@ -20,6 +21,11 @@ from segdeformer.weights.checkpoint import RUNS, Checkpoint, newest_run, read_ch
 # When only --data is said, the recipe of this name trains. The other data sets' recipes need pretrained
 # encoders, so there the recipe is the user's choice.
 DATA_WITH_OWN_RECIPE = ("landcover", "synthetic", "folder")
+
+# What --iterations sets or scales: a run may be made longer.
+MAY_CHANGE = tuple(
+    f"train.{key}" for key in ("iterations", "warmup_iterations", "validate_every", "checkpoint_every")
+)
 
 
 class Wanted(NamedTuple):
@@ -53,10 +59,8 @@ def prepare(wanted: Wanted, resumed: Path | None, data: Splits | None = None) ->
     checkpoint = None
     if resumed is not None:
         base, checkpoint = _stored_recipe(resumed)
-    elif isinstance(wanted.recipe, Recipe):
-        base = wanted.recipe
     else:
-        base = load_recipe(wanted.recipe or _recipe_for(wanted.data))
+        base = _named_recipe(wanted.recipe or _recipe_for(wanted.data))
     config = choose_data(base.data, wanted.data, wanted.classes)
     splits = data or open_splits(config)
     if checkpoint is not None:
@@ -105,15 +109,50 @@ def _recipe_for(data_spec: str | None) -> str:
     return name
 
 
-def run_to_resume(wanted: Wanted) -> Path:
-    """The folder that --resume means: the one named, or the newest.
+def run_to_resume(wanted: Wanted) -> Path | None:
+    """The folder of the run that --resume goes on with; None where there is none yet, and one is to begin.
 
-    Raises `UsageError` when the recipe is to be changed, which it cannot in the middle of a run.
+    A command that names its folder may be repeated as it is, as a queue does: it begins the run, and later
+    goes on with it. Without a folder the newest run is meant. Raises `UsageError` where the command says
+    something else than the run was begun with, by name; iterations and the place of its data may change.
     """
     changes = (wanted.recipe, wanted.seed, wanted.batch, wanted.weights, wanted.precision)
-    if any(change is not None for change in changes):
-        raise UsageError("--resume goes on with the run's own recipe; leave out RECIPE and its changes")
-    return wanted.out or newest_run()
+    if wanted.out is None:
+        if any(change is not None for change in changes):
+            raise UsageError("--resume with a RECIPE or changes goes on with the run in --out; name it")
+        return newest_run()
+    if newest(wanted.out) is None and not (wanted.out / RECIPE).is_file():
+        if any(wanted.out.glob("*.safetensors")):
+            _stored_recipe(wanted.out)  # which says what is there instead
+        return None
+    stored, _ = _stored_recipe(wanted.out)
+    base = stored if wanted.recipe is None else _named_recipe(wanted.recipe)
+    repeated = change_recipe(
+        base,
+        data=stored.data,
+        num_classes=stored.model.num_classes,
+        batch_size=wanted.batch,
+        seed=wanted.seed,
+        precision=wanted.precision,
+        weights=wanted.weights,
+    )
+    others = {
+        key: values
+        for key, values in differences(stored.model_dump(), repeated.model_dump()).items()
+        if key not in MAY_CHANGE
+    }
+    if others:
+        told = [f"{key} is {after}, the run has {before}" for key, (before, after) in others.items()]
+        more = f" (and {len(told) - 3} more)" if len(told) > 3 else ""
+        raise UsageError(
+            f"--resume: {'; '.join(told[:3])}{more}; a run keeps what it was begun with: leave it out, or "
+            f"choose another --out than {wanted.out}"
+        )
+    return wanted.out
+
+
+def _named_recipe(recipe: Recipe | str) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 
 def new_folder(name: str) -> Path:
