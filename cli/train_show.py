@@ -58,6 +58,8 @@ def introduce(
     if run.model.weights_report is not None:
         for line in run.model.weights_report.lines():
             console.print(line)
+    for line in run.decoder_report.lines() if run.decoder_report is not None else ():
+        console.print(line)
     if recipe.model.encoder.weights != "none" and recipe.train.learning_rate > HIGHEST_FINE_TUNING_RATE:
         console.print(
             f"note: a pretrained encoder at a learning rate of {recipe.train.learning_rate:g}; fine-tuning "

@@ -27,6 +27,7 @@ from segdeformer.training.resume import give_optimizer_state, optimizer_state
 from segdeformer.training.saves import newest, read_state, store, tidy
 from segdeformer.weights.build import build_model
 from segdeformer.weights.checkpoint import BEST, read_checkpoint, save_checkpoint, saved_model
+from segdeformer.weights.transfer import DecoderReport, load_decoder_weights, own_checkpoint
 
 RECIPE = "recipe.toml"
 
@@ -84,6 +85,7 @@ class Run:
     ema: Any  # timm's ModelEmaV3, or None
     runtime: Runtime
     options: Options
+    decoder_report: DecoderReport | None = None  # of one of our checkpoints that it started from
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -117,11 +119,17 @@ def start_run(
         raise UserError(f"{folder} holds a run already; go on with --resume, or choose another --out")
     _check(recipe, data, runtime, options)
     torch.manual_seed(recipe.train.seed)
-    model = model or build_model(recipe.model, impl=runtime.impl)
+    decoder_report = None
+    if model is None:
+        model = build_model(recipe.model, impl=runtime.impl)
+        checkpoint = own_checkpoint(recipe.model.encoder.weights)
+        if checkpoint is not None and not checkpoint.folded:
+            decoder_report = load_decoder_weights(model, checkpoint, data.train.classes)
     run = _assemble(recipe, folder, data, model, runtime, options)
     if first:
         tidy(folder, None)
         write_text(folder / RECIPE, recipe_toml(recipe))
+    run.decoder_report = decoder_report
     return run
 
 
