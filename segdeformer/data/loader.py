@@ -10,6 +10,7 @@ B batch, H W crop size, 3 RGB.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -23,7 +24,7 @@ from torch.utils.data import Dataset as TorchDataset
 from segdeformer.config import Recipe
 from segdeformer.data.samples import Dataset, Sample
 from segdeformer.data.transforms import Crop, augment
-from segdeformer.data.workers import deafen, watched
+from segdeformer.data.workers import SILENT_S, deafen, watched
 from segdeformer.errors import UserError
 
 ORDER, CROPS, SUBSTITUTES = 0, 1, 2  # the independent random streams of a seed
@@ -86,8 +87,11 @@ def training_batches(
         pin_memory=pin_memory,
         generator=torch.Generator(),
         worker_init_fn=deafen,
+        timeout=SILENT_S if workers else 0,
     )
-    for batch in watched(loader) if workers else loader:
+    pixels = len(slice_.places(recipe.train.batch_size, 0)) * math.prod(recipe.augment.crop)
+    batch_bytes = pixels * (3 * 4 + 1)  # float32 images, uint8 labels
+    for batch in watched(loader, batch_bytes=batch_bytes) if workers else loader:
         if isinstance(batch, UserError):
             raise batch
         yield batch
