@@ -3,7 +3,7 @@
     python -m benchmarks.cpu [--model b1] [--batch 2] [--classes 150] [--size 512] [--json FILE]
 
 The loss of upsampled logits in strips beside F.interpolate + F.cross_entropy, forward and backward, timed in
-alternation; the whole step (both losses, AdamW) beside SegFormer's; the evaluation of one 2048x1024 image,
+alternation; the whole step (both losses, AdamW), with all keys and with few, beside SegFormer's; the evaluation of one 2048x1024 image,
 folded, with argmax, loss and confusion matrix. A model's forward pass: `segdeformer bench --fps`.
 """
 
@@ -84,7 +84,12 @@ def loss_run(options: argparse.Namespace, way: str) -> Run:
 
 
 def random_model(options: argparse.Namespace, kind: str) -> Segmenter:
+    kind, _, reduction = kind.partition(" R")
     config = without_weights(load_recipe(f"ade20k-{kind}-{options.model}").model)
+    if reduction:
+        assert config.context is not None
+        few = {"reduction": int(reduction), "reduction_by": "mean"}
+        config = config.model_copy(update={"context": config.context.model_copy(update=few)})
     torch.manual_seed(0)
     return build_model(config.model_copy(update={"num_classes": options.classes}))
 
@@ -127,6 +132,8 @@ RUNS: dict[str, tuple[Callable[[argparse.Namespace, str], Run], str]] = {
     "loss, ours": (loss_run, "ours"),
     "loss, F.interpolate + F.cross_entropy": (loss_run, "eager"),
     "step, segdeformer": (step_run, "segdeformer"),
+    "step, segdeformer, R = 4 by means": (step_run, "segdeformer R4"),
+    "step, segdeformer, R = 8 by means": (step_run, "segdeformer R8"),
     "step, segformer": (step_run, "segformer"),
     "evaluation, segdeformer": (evaluation_run, "segdeformer"),
 }
