@@ -3,8 +3,9 @@
     python -m benchmarks.cpu [--model b1] [--batch 2] [--classes 150] [--size 512] [--json FILE]
 
 The loss of upsampled logits in strips beside F.interpolate + F.cross_entropy, forward and backward, timed in
-alternation; the whole step (both losses, AdamW), with all keys and with few, beside SegFormer's; the evaluation of one 2048x1024 image,
-folded, with argmax, loss and confusion matrix. A model's forward pass: `segdeformer bench --fps`.
+alternation; the whole step (both losses, AdamW), with all keys and with few, beside SegFormer's; the
+evaluation of one 2048x1024 image, folded, with argmax, loss and confusion matrix. A model's forward pass:
+`segdeformer bench --fps`.
 """
 
 from __future__ import annotations
