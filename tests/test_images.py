@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 import pytest
 
-from segdeformer.data.images import read_image, read_labels, write_png
+from segdeformer.data.formats import lossy_format
+from segdeformer.data.images import LossyLabelsError, NotIdsError, read_image, read_labels, write_png
 from segdeformer.errors import UserError
 
 GREY, PALETTE = 0, 3
@@ -55,6 +56,32 @@ def raw_png(ids_HW: np.ndarray, *, bits: int, color_type: int, extra: bytes = b"
         + png_chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)))
         + png_chunk(b"IEND", b"")
     )
+
+
+def raw_tiff(values_HWB: np.ndarray, *, order: str = "<") -> bytes:
+    """A grey TIFF of any number of bands and any type, written by hand."""
+    height, width, bands = values_HWB.shape
+    body = values_HWB.astype(values_HWB.dtype.newbyteorder(order)).tobytes()
+    bits = struct.pack(f"{order}{bands}H", *[8 * values_HWB.itemsize] * bands)
+    formats = struct.pack(f"{order}{bands}H", *[{"u": 1, "i": 2, "f": 3}[values_HWB.dtype.kind]] * bands)
+    after = 8 + 2 + 10 * 12 + 4
+    entries = (
+        *((256, 3, 1, width), (257, 3, 1, height), (258, 3, bands, bits), (259, 3, 1, 1), (262, 3, 1, 1)),
+        *((273, 4, 1, after + len(bits + formats)), (277, 3, 1, bands), (278, 3, 1, height)),
+        *((279, 4, 1, len(body)), (339, 3, bands, formats)),
+    )
+    packed = b""
+    for tag, kind, count, value in entries:
+        if isinstance(value, bytes):
+            at = after if tag == 258 else after + len(bits)
+            inside = value.ljust(4, b"\0") if len(value) <= 4 else struct.pack(f"{order}I", at)
+        else:
+            inside = struct.pack(
+                f"{order}{'HH' if kind == 3 else 'I'}", *([value, 0] if kind == 3 else [value])
+            )
+        packed += struct.pack(f"{order}HHI", tag, kind, count) + inside
+    start = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HIH", 42, 8, len(entries))
+    return start + packed + b"\0\0\0\0" + bits + formats + body
 
 
 def with_orientation(jpeg: bytes, orientation: int) -> bytes:
@@ -153,6 +180,57 @@ def test_fractions_are_refused_as_labels(tmp_path):
     path = encode(tmp_path / "a.tif", np.ones((3, 4), np.float32))
     with pytest.raises(UserError, match="label ids are float32; save them as integers"):
         read_labels(path)
+
+
+@pytest.mark.parametrize(
+    ("ending", "options", "what"),
+    [
+        (".jpg", (), "JPEG"),
+        (".webp", (cv2.IMWRITE_WEBP_QUALITY, 80), "lossy WebP"),
+        (".tif", (cv2.IMWRITE_TIFF_COMPRESSION, 7), "JPEG"),
+    ],
+)
+def test_lossy_formats_are_refused_as_labels_whatever_their_name(tmp_path, ending, options, what):
+    ids = np.repeat(np.arange(12, dtype=np.uint8), 36).reshape(18, 24)
+    path = encode(tmp_path / f"a{ending}", ids, *options).rename(tmp_path / "a.png")
+    with pytest.raises(LossyLabelsError) as caught:
+        read_labels(path)
+    expected = f"{path}: {what} inside, which changes ids; save label maps as PNG from their source"
+    assert str(caught.value) == expected
+    assert read_image(path).shape == (18, 24, 3)  # as an image it is welcome
+
+
+def test_lossless_webp_and_compressed_tiff_keep_their_ids(tmp_path):
+    ids = rgb_image(18, 24)[:, :, 0]
+    for ending, options in (
+        (".webp", (cv2.IMWRITE_WEBP_QUALITY, 101)),
+        (".tif", (cv2.IMWRITE_TIFF_COMPRESSION, 5)),
+    ):
+        np.testing.assert_array_equal(read_labels(encode(tmp_path / f"a{ending}", ids, *options)), ids)
+
+
+def test_an_extended_webp_is_told_by_its_picture(tmp_path):
+    for quality, expected in ((80, "lossy WebP"), (101, None)):
+        webp = cv2.imencode(".webp", rgb_image(9, 9), [cv2.IMWRITE_WEBP_QUALITY, quality])[1].tobytes()
+        profile = b"ICCP" + (3).to_bytes(4, "little") + b"abc\0"
+        assert lossy_format(webp[:12] + profile + webp[12:]) == expected
+
+
+def test_four_channels_are_ids_only_if_alpha_says_nothing(tmp_path):
+    ids = rgb_image(5, 7)[:, :, 0]
+    for alpha in (np.full_like(ids, 255), ids):
+        got = read_labels(encode(tmp_path / "a.png", np.dstack([ids, ids, ids, alpha])))
+        np.testing.assert_array_equal(got, ids)
+    path = encode(tmp_path / "a.png", np.dstack([np.zeros_like(ids)] * 3 + [ids]))
+    with pytest.raises(NotIdsError, match=r"a\.png: 4 channels that differ where class ids should be; save"):
+        read_labels(path)
+
+
+@pytest.mark.parametrize("bands", [2, 4])
+def test_bands_that_would_be_dropped_are_refused_as_labels(tmp_path, bands):
+    (tmp_path / "a.tif").write_bytes(raw_tiff(np.ones((5, 7, bands), np.uint8)))
+    with pytest.raises(NotIdsError, match=f"{bands} bands of uint8 where class ids should be; save one id"):
+        read_labels(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize("ending", [".png", ".jpg", ".webp", ".tif", ".bmp"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from segdeformer.data.formats import JPEG_START, lossy_format, tiff_kind
 from segdeformer.errors import UserError
 from segdeformer.files import replacing
 
@@ -24,11 +25,16 @@ cv2.setNumThreads(0)
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_PALETTE, PNG_GREY = b"\x03", b"\x00"  # colour types
-JPEG_START, JPEG_SCAN, JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
+JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
+ONE_ID = "save one id per pixel (8-bit grey PNG)"
 
 
 class NotIdsError(UserError):
     """A readable picture stands where a label map should be."""
+
+
+class LossyLabelsError(UserError):
+    """Label ids were saved in a format that changes them."""
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -64,7 +70,8 @@ def image_size(path: Path) -> tuple[int, int] | None:
 def read_labels(path: Path) -> np.ndarray:
     """Read a label map as (H, W) integers, exactly as stored; of a palette PNG the indices, not the colours.
 
-    Raises `UserError` when there is no such file, it cannot be decoded whole, or it holds colours.
+    Raises `UserError` when there is no such file or it cannot be decoded whole; `NotIdsError` for colours,
+    fractions and channels that differ, `LossyLabelsError` for formats that change ids.
     """
     data = _read_bytes(path)
     bits = 8
@@ -72,13 +79,27 @@ def read_labels(path: Path) -> np.ndarray:
         data = _plain_png(data, path, keep=(b"IHDR", b"IDAT", b"IEND"))
         bits = data[24]
     pixels = _decode(data, cv2.IMREAD_UNCHANGED, path)
+    if lossy := lossy_format(data):
+        raise LossyLabelsError(
+            f"{path}: {lossy} inside, which changes ids; save label maps as PNG from their source"
+        )
     if bits < 8:
         pixels //= 255 // (2**bits - 1)  # OpenCV stretches 1, 2 and 4 bits to the range of 8
+    return _one_channel(pixels, data, path)
+
+
+def _one_channel(pixels: np.ndarray, data: bytes, path: Path) -> np.ndarray:
+    """The ids of decoded pixels; a `NotIdsError` where channels differ or hold fractions."""
+    kind = tiff_kind(data)
+    if kind is not None and kind.bands > 1 and pixels.ndim == 2:  # OpenCV has dropped the others
+        raise NotIdsError(f"{path}: {kind.words()} where class ids should be; {ONE_ID}")
     if pixels.ndim == 3:
-        if not (pixels[:, :, :3] == pixels[:, :, :1]).all():
-            raise NotIdsError(
-                f"{path}: colours where class ids should be; save one id per pixel (8-bit grey PNG)"
-            )
+        first, others = pixels[:, :, :1], pixels[:, :, 1:3]
+        if not (others == first).all():
+            raise NotIdsError(f"{path}: colours where class ids should be; {ONE_ID}")
+        alpha = pixels[:, :, 3:]
+        if alpha.size and np.ptp(alpha) and not (alpha == first).all():
+            raise NotIdsError(f"{path}: 4 channels that differ where class ids should be; {ONE_ID}")
         pixels = pixels[:, :, 0]
     if pixels.dtype.kind == "f":
         raise NotIdsError(f"{path}: label ids are {pixels.dtype}; save them as integers (8-bit grey PNG)")
