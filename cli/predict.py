@@ -36,7 +36,7 @@ def predict_command(
     from segdeformer.cli.inference import joined, launched, open_model
     from segdeformer.cli.show import device_words, make_console, protocol_line, ticking
     from segdeformer.data.images import read_image
-    from segdeformer.errors import UserError
+    from segdeformer.errors import UserError, listed
     from segdeformer.inference.predict import predict_image
     from segdeformer.report.predictions import Kind, plan_jobs, write_prediction
     from segdeformer.runtime.distributed import from_all, is_first
@@ -85,5 +85,5 @@ def predict_command(
     if len(written) > 6:
         console.print(f"  ... {len(written)} files in {out}")
     if failures:
-        more = f" (and {len(failures) - 1} more images failed)" if len(failures) > 1 else ""
-        raise UserError(f"{failures[0]}{more}")
+        count = f"{len(failures)} of {len(jobs)} images failed: " if len(failures) > 1 else ""
+        raise UserError(f"{count}{listed(failures)}")

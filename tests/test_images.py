@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from segdeformer.data.formats import lossy_format
+from segdeformer.data.formats import lossy_format, tiff_kind
 from segdeformer.data.images import LossyLabelsError, NotIdsError, read_image, read_labels, write_png
 from segdeformer.errors import UserError
 
@@ -274,6 +274,53 @@ def test_a_wrong_colour_profile_prints_nothing(tmp_path, capfd):
     (tmp_path / "a.png").write_bytes(raw_png(ids, bits=8, color_type=GREY, extra=profile))
     np.testing.assert_array_equal(read_image(tmp_path / "a.png")[:, :, 0], ids)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize(
+    ("bands", "dtype", "what"),
+    [
+        (1, np.float32, "1 band of float32"),
+        (3, np.float32, "3 bands of float32"),
+        (12, np.uint8, "12 bands of uint8"),
+        (12, np.uint16, "12 bands of uint16"),
+        (1, np.float16, "1 band of float16"),
+        (1, np.int16, "1 band of int16"),
+        (1, np.uint32, "1 band of uint32"),
+    ],
+)
+def test_a_tiff_that_is_no_picture_is_told_by_its_bands_and_type(tmp_path, capfd, bands, dtype, what, order):
+    path = tmp_path / "a.tif"
+    path.write_bytes(raw_tiff(np.ones((5, 7, bands), dtype), order=order))
+    with pytest.raises(UserError) as caught:
+        read_image(path)
+    assert str(caught.value) == f"{path}: {what}; expected 1, 3 or 4 bands of uint8 or uint16; convert it"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_big_tiff_is_told_by_its_bands_and_type():
+    entries = [(258, 3, 1, 32), (277, 3, 1, 12), (339, 3, 1, 3), (259, 3, 1, 1)]
+    body = b"".join(struct.pack("<HHQQ", *entry) for entry in entries)
+    assert tiff_kind(b"II+\0" + struct.pack("<HHQQ", 8, 0, 16, 4) + body) == (12, "float32", False)
+
+
+@pytest.mark.parametrize(
+    ("bands", "dtype", "message"),
+    [
+        (1, np.float16, "label ids are float16; save them as integers"),
+        (12, np.uint8, "12 bands of uint8 where class ids should be; save one id per pixel"),
+    ],
+)
+def test_a_tiff_that_is_no_label_map_is_told_by_its_bands_and_type(tmp_path, bands, dtype, message):
+    (tmp_path / "a.tif").write_bytes(raw_tiff(np.ones((5, 7, bands), dtype)))
+    with pytest.raises(NotIdsError, match=message):
+        read_labels(tmp_path / "a.tif")
+
+
+def test_a_radiance_map_is_told_by_its_type(tmp_path):
+    path = encode(tmp_path / "a.hdr", np.ones((5, 7, 3), np.float32))
+    with pytest.raises(UserError, match=r"a\.hdr: 3 bands of float32; expected 1, 3 or 4 bands of uint8"):
+        read_image(path)
 
 
 def test_missing_files_and_folders_are_named(tmp_path):

@@ -11,6 +11,7 @@ TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 BITS, COMPRESSION, BANDS, SAMPLE_FORMAT = 258, 259, 277, 339  # tags
 NUMBER_FORMATS = {3: "H", 4: "I", 16: "Q"}  # by a tag's type
 SAMPLE_KINDS = {1: "uint", 2: "int", 3: "float", 5: "complex int", 6: "complex"}
+PICTURE_TYPES = (*(f"uint{bits}" for bits in (1, 2, 4, 8, 10, 12, 14, 16)), "unknown8", "unknown16")
 TIFF_JPEGS = (6, 7, 34892)  # compressions
 
 
@@ -20,6 +21,10 @@ class TiffKind(NamedTuple):
     bands: int
     dtype: str  # as NumPy would name it: uint8, float32
     has_jpeg: bool
+
+    def is_picture(self) -> bool:
+        """Whether it has as many bands as an image, of bits that can be scaled to 8."""
+        return self.bands <= 4 and self.dtype in PICTURE_TYPES
 
     def words(self) -> str:
         return bands_of(self.bands, self.dtype)

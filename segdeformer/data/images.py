@@ -11,7 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from segdeformer.data.formats import JPEG_START, lossy_format, tiff_kind
+from segdeformer.data.formats import JPEG_START, bands_of, lossy_format, tiff_kind
 from segdeformer.errors import UserError
 from segdeformer.files import replacing
 
@@ -50,7 +50,8 @@ def read_image(path: Path) -> np.ndarray:
     if pixels.dtype == np.uint16:
         pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if pixels.dtype != np.uint8:
-        raise UserError(f"{path}: pixels are {pixels.dtype}; save it with 8 or 16 bits a channel")
+        kind = tiff_kind(data)  # OpenCV has made it three channels
+        raise _unusual(path, kind.words() if kind else bands_of(pixels.shape[2], pixels.dtype))
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
 
 
@@ -78,6 +79,11 @@ def read_labels(path: Path) -> np.ndarray:
     if data.startswith(PNG_SIGNATURE):
         data = _plain_png(data, path, keep=(b"IHDR", b"IDAT", b"IEND"))
         bits = data[24]
+    kind = tiff_kind(data)
+    if kind is not None and kind.bands == 1 and kind.dtype.startswith("float"):
+        raise _fractions(path, kind.dtype)
+    if kind is not None and kind.bands > 4:
+        raise NotIdsError(f"{path}: {kind.words()} where class ids should be; {ONE_ID}")
     pixels = _decode(data, cv2.IMREAD_UNCHANGED, path)
     if lossy := lossy_format(data):
         raise LossyLabelsError(
@@ -102,8 +108,12 @@ def _one_channel(pixels: np.ndarray, data: bytes, path: Path) -> np.ndarray:
             raise NotIdsError(f"{path}: 4 channels that differ where class ids should be; {ONE_ID}")
         pixels = pixels[:, :, 0]
     if pixels.dtype.kind == "f":
-        raise NotIdsError(f"{path}: label ids are {pixels.dtype}; save them as integers (8-bit grey PNG)")
+        raise _fractions(path, pixels.dtype)
     return pixels
+
+
+def _fractions(path: Path, dtype: object) -> NotIdsError:
+    return NotIdsError(f"{path}: label ids are {dtype}; save them as integers (8-bit grey PNG)")
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:
@@ -134,8 +144,13 @@ def _decode(data: bytes, flags: int, path: Path) -> np.ndarray:
     except cv2.error:  # an empty file, or more pixels than OpenCV takes
         pixels = None
     if pixels is None:
-        raise _unreadable(path)
+        kind = tiff_kind(data)
+        raise _unreadable(path) if kind is None or kind.is_picture() else _unusual(path, kind.words())
     return pixels
+
+
+def _unusual(path: Path, what: str) -> UserError:
+    return UserError(f"{path}: {what}; expected 1, 3 or 4 bands of uint8 or uint16; convert it")
 
 
 def _unreadable(path: Path) -> UserError:
