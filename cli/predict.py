@@ -45,7 +45,7 @@ def predict_command(
         return
     wanted: dict[Kind, bool] = {"overlay": overlay, "confidence": confidence}
     kinds = [kind for kind, on in wanted.items() if on]
-    jobs = plan_jobs(images, out, kinds=kinds)
+    jobs, skipped = plan_jobs(images, out, kinds=kinds)
     opened = open_model(
         checkpoint,
         device=device,
@@ -64,6 +64,8 @@ def predict_command(
     with joined(opened, console) as runtime:
         console.print(f"{about.path}, {len(jobs)} images, {device_words(runtime)}")
         console.print(opened.folding, style="dim")
+        if skipped:
+            console.print(f"not visited: {listed(skipped)}", style="yellow")
         console.print(f"protocol: {protocol_line(recipe.evaluate)}", style="dim")
         own = [jobs[index] for index in runtime.processes.own_indices(len(jobs))]
         for job in ticking(console, own, "images", len(own)):
