@@ -14,6 +14,7 @@ from segdeformer.config.data import AugmentConfig, DataConfig, EvalConfig
 from segdeformer.config.fields import Strict
 from segdeformer.config.losses import LossConfig
 from segdeformer.config.model import ModelConfig, UperNetConfig
+from segdeformer.config.toml import parse_toml, read_toml_text
 from segdeformer.config.training import TrainConfig
 from segdeformer.errors import UsageError
 from segdeformer.refusals import explain
@@ -107,7 +108,7 @@ def load_recipe(name_or_path: str) -> Recipe:
 def recipe_text(name: str) -> str:
     """The TOML of a shipped recipe, comments and all; raises `UsageError` for an unknown name."""
     if name in recipe_names():
-        return (resources.files("segdeformer") / "recipes" / f"{name}.toml").read_text("utf-8")
+        return read_toml_text(resources.files("segdeformer") / "recipes" / f"{name}.toml")
     raise _no_recipe(name)
 
 
@@ -116,8 +117,8 @@ def _recipe_file(name_or_path: str) -> str:
     if not path.is_file():
         raise _no_recipe(name_or_path)
     try:
-        return path.read_text("utf-8")
-    except (UnicodeDecodeError, OSError) as error:
+        return read_toml_text(path)
+    except (ValueError, OSError) as error:
         raise UsageError(f"{path}: cannot be read as a TOML text file ({error})") from None
 
 
@@ -136,7 +137,7 @@ def parse_recipe(text: str, origin: str) -> Recipe:
     Of data `folder`, class weights are not counted yet: its classes.toml decides the number of classes.
     """
     try:
-        values = tomllib.loads(text)
+        values = parse_toml(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{origin}: not valid TOML: {error}") from None
     return validate_recipe(values, origin, context=OPEN)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from segdeformer.config.toml import read_toml
 
 Level = Literal["error", "warning", "note"]
 
@@ -37,7 +38,7 @@ class Finding(NamedTuple):
 
 
 # What to do about each kind, by its level, the worst first.
-REMEDIES: dict[Any, dict[str, str]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+REMEDIES: dict[Any, dict[str, str]] = read_toml(Path(__file__).with_suffix(".toml"))
 
 
 def finding(kind: str, split: str, what: str, files: Sequence[object] = (), *, remedy: str = "") -> Finding:
