@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from segdeformer.data.formats import lossy_format, tiff_kind
-from segdeformer.data.images import LossyLabelsError, NotIdsError, read_image, read_labels, write_png
+from segdeformer.data.images import (
+    LossyLabelsError,
+    NotIdsError,
+    image_size,
+    read_image,
+    read_labels,
+    write_png,
+)
 from segdeformer.errors import UserError
 
 GREY, PALETTE = 0, 3
@@ -315,6 +322,12 @@ def test_a_tiff_that_is_no_label_map_is_told_by_its_bands_and_type(tmp_path, ban
     (tmp_path / "a.tif").write_bytes(raw_tiff(np.ones((5, 7, bands), dtype)))
     with pytest.raises(NotIdsError, match=message):
         read_labels(tmp_path / "a.tif")
+
+
+def test_a_header_that_pillow_cannot_read_prints_nothing(tmp_path, capfd):
+    (tmp_path / "a.tif").write_bytes(raw_tiff(np.ones((5, 7, 12), np.uint8)))
+    assert image_size(tmp_path / "a.tif") is None
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_radiance_map_is_told_by_its_type(tmp_path):

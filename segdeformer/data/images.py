@@ -5,6 +5,7 @@ H height, W width. Colours are RGB everywhere in the project; OpenCV's BGR does 
 
 from __future__ import annotations
 
+import logging
 import zlib
 from pathlib import Path
 
@@ -22,6 +23,7 @@ if hasattr(cv2, "setLogLevel"):
 else:  # its place in newer releases
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 cv2.setNumThreads(0)
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # nor does Pillow print what it cannot open
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_PALETTE, PNG_GREY = b"\x03", b"\x00"  # colour types
