@@ -55,8 +55,8 @@ def eval_command(
     from segdeformer.cli import show
     from segdeformer.cli.eval_compare import compare, keep_stride, parse_variants
     from segdeformer.cli.inference import joined, launched, open_model
-    from segdeformer.data.datasets import choose_data, open_dataset
-    from segdeformer.errors import UsageError
+    from segdeformer.data.datasets import FileDataset, choose_data, open_dataset
+    from segdeformer.errors import UsageError, listed
     from segdeformer.inference.evaluate import ImageResult, Tally, check_same_classes, evaluate_images
     from segdeformer.inference.scorecard import write_scorecard
     from segdeformer.models.few_keys import check_key_stride
@@ -89,6 +89,8 @@ def eval_command(
     if not variants.are_several:
         console.print(f"protocol: {show.protocol_line(recipe.evaluate)}")
     console.print(opened.folding, style="dim")
+    if isinstance(dataset, FileDataset) and dataset.skipped:
+        console.print(f"not visited: {listed(dataset.skipped)}", style="yellow")
     if variants.are_several:
         compare(opened, dataset, config, protocols, console, json_file, save=save)
         return

@@ -36,7 +36,7 @@ def predict_command(
     from segdeformer.cli.inference import joined, launched, open_model
     from segdeformer.cli.show import device_words, make_console, protocol_line, ticking
     from segdeformer.data.images import read_image
-    from segdeformer.errors import UserError
+    from segdeformer.errors import UserError, listed
     from segdeformer.inference.predict import predict_image
     from segdeformer.report.predictions import Kind, plan_jobs, write_prediction
     from segdeformer.runtime.distributed import from_all, is_first
@@ -45,7 +45,7 @@ def predict_command(
         return
     wanted: dict[Kind, bool] = {"overlay": overlay, "confidence": confidence}
     kinds = [kind for kind, on in wanted.items() if on]
-    jobs = plan_jobs(images, out, kinds=kinds)
+    jobs, skipped = plan_jobs(images, out, kinds=kinds)
     opened = open_model(
         checkpoint,
         device=device,
@@ -64,6 +64,8 @@ def predict_command(
     with joined(opened, console) as runtime:
         console.print(f"{about.path}, {len(jobs)} images, {device_words(runtime)}")
         console.print(opened.folding, style="dim")
+        if skipped:
+            console.print(f"not visited: {listed(skipped)}", style="yellow")
         console.print(f"protocol: {protocol_line(recipe.evaluate)}", style="dim")
         own = [jobs[index] for index in runtime.processes.own_indices(len(jobs))]
         for job in ticking(console, own, "images", len(own)):
@@ -85,5 +87,5 @@ def predict_command(
     if len(written) > 6:
         console.print(f"  ... {len(written)} files in {out}")
     if failures:
-        more = f" (and {len(failures) - 1} more images failed)" if len(failures) > 1 else ""
-        raise UserError(f"{failures[0]}{more}")
+        count = f"{len(failures)} of {len(jobs)} images failed: " if len(failures) > 1 else ""
+        raise UserError(f"{count}{listed(failures)}")

@@ -1,6 +1,6 @@
 """The exceptions that a command line turns into one line and an exit code."""
 
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 
 
 class UserError(ValueError):
@@ -24,6 +24,12 @@ class UsageError(UserError):
 
 class KernelError(UserError):
     """A GPU kernel did not compile or start; the message names kernel, shapes, tile and remedy."""
+
+
+def listed(messages: Sequence[str], *, most: int = 8) -> str:
+    """Several messages in one line: the first of them, and how many more there are."""
+    more = len(messages) - most
+    return " | ".join(messages[:most]) + (f" | and {more:,} more" if more > 0 else "")
 
 
 def and_more(names: Sized) -> str:

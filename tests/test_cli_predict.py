@@ -254,12 +254,22 @@ def test_unreadable_images_do_not_cost_the_good_ones(checkpoint, tmp_path):
     (tmp_path / "in/b.png").write_bytes(b"no image")
     (tmp_path / "in/d.jpg").write_bytes(b"")
     assert refusal(checkpoint, tmp_path / "in", "--out", tmp_path / "out") == (
-        f"{tmp_path}/in/b.png: not a readable image (damaged, cut off or another format); replace it "
-        "(and 1 more images failed)"
+        "2 of 5 images failed: "
+        f"{tmp_path}/in/b.png: not a readable image (damaged, cut off or another format); replace it | "
+        f"{tmp_path}/in/d.jpg: not a readable image (damaged, cut off or another format); replace it"
     )
     assert files_below(tmp_path / "out") == {"a.png", "c.png", "e.png"}
     for index, name in enumerate(("a.png", "c.png", "e.png")):
         assert_predicts(tmp_path / "out" / name, checkpoint, rgb_image(index))
+
+
+def test_of_many_bad_images_eight_are_named_and_the_others_counted(checkpoint, tmp_path):
+    write_image(tmp_path / "in/a.png", rgb_image())
+    for index in range(11):
+        (tmp_path / f"in/b{index:02}.png").write_bytes(b"no image")
+    message = refusal(checkpoint, tmp_path / "in", "--out", tmp_path / "out")
+    assert message.startswith("11 of 12 images failed: ") and message.endswith(" | and 3 more")
+    assert [f"b{index:02}.png" in message for index in range(11)] == [True] * 8 + [False] * 3
 
 
 # Inputs are never overwritten.

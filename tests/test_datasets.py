@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -240,6 +241,15 @@ def test_ids_out_of_range_are_listed_sorted_and_at_most_ten(tmp_path):
         f"{tmp_path}/labels/val/c.png: label ids 216, 217, 218, 219, 220, 221, 222, 223, 224, 225, ... "
         "are not among 0 to 2 and 255 (ignored) of 3 classes; "
         "is it a 0/255 mask or a grey picture? write one class id per pixel"
+    )
+
+
+def test_a_jpeg_named_png_is_never_read_as_labels(tmp_path):
+    config = folder_of_three(tmp_path)
+    path = tmp_path / "labels/val/c.png"
+    path.write_bytes(cv2.imencode(".jpg", np.full((5, 7), 2, np.uint8))[1].tobytes())
+    assert refusal(config, "val") == (
+        f"{path}: JPEG inside, which changes ids; save label maps as PNG from their source"
     )
 
 

@@ -32,6 +32,7 @@ from typer.testing import CliRunner
 from segdeformer.cli.main import app
 from segdeformer.config import CrossEntropyConfig, DataConfig
 from segdeformer.data.check.doctor import Checkup, Doctor, quick_check, refuse_errors
+from segdeformer.data.check.findings import Finding
 from segdeformer.data.datasets import open_dataset
 from segdeformer.errors import UserError
 
@@ -287,6 +288,28 @@ def test_the_quick_check_refuses_what_would_spoil_training(data):
         refuse_errors(findings)
     assert message in str(caught.value)
     refuse_errors([finding for finding in findings if finding.level != "error"])
+
+
+def test_the_quick_check_names_every_bad_image_and_every_reason(data):
+    for index in (1, 3, 4, 7):
+        image(data, index).write_bytes(b"no image")
+    encode(image(data, 5), np.ones((64, 80, 3), np.float32), ".tiff")
+    findings = quick_check(DataConfig(name="folder", root=str(data)))
+    with pytest.raises(UserError) as caught:
+        refuse_errors(findings)
+    bad = [str(image(data, index)) for index in (1, 3, 4, 5, 7)]
+    assert str(caught.value).startswith(
+        f"train: 5 of 12, {bad[0]}: not a readable image (damaged, cut off or another format); replace it | "
+        f"{bad[3]}: 3 bands of float32; expected 1, 3 or 4 bands of uint8 or uint16; convert it: "
+        f"{', '.join(bad)}; copy or convert it again from its source"
+    )
+
+
+def test_a_line_lists_eight_files_and_counts_the_others():
+    files = tuple(f"{index}.png" for index in range(10))
+    line = Finding("blank images", "warning", "train", "10 images", "look at them", files).line()
+    first = ", ".join(files[:8])
+    assert line == f"train: 10 images: {first} and 2 more; look at them"
 
 
 def test_the_command_prints_a_table_and_writes_json_and_picture(data, tmp_path):

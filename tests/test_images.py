@@ -10,7 +10,15 @@ import cv2
 import numpy as np
 import pytest
 
-from segdeformer.data.images import read_image, read_labels, write_png
+from segdeformer.data.formats import lossy_format, tiff_kind
+from segdeformer.data.images import (
+    LossyLabelsError,
+    NotIdsError,
+    image_size,
+    read_image,
+    read_labels,
+    write_png,
+)
 from segdeformer.errors import UserError
 
 GREY, PALETTE = 0, 3
@@ -55,6 +63,32 @@ def raw_png(ids_HW: np.ndarray, *, bits: int, color_type: int, extra: bytes = b"
         + png_chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)))
         + png_chunk(b"IEND", b"")
     )
+
+
+def raw_tiff(values_HWB: np.ndarray, *, order: str = "<") -> bytes:
+    """A grey TIFF of any number of bands and any type, written by hand."""
+    height, width, bands = values_HWB.shape
+    body = values_HWB.astype(values_HWB.dtype.newbyteorder(order)).tobytes()
+    bits = struct.pack(f"{order}{bands}H", *[8 * values_HWB.itemsize] * bands)
+    formats = struct.pack(f"{order}{bands}H", *[{"u": 1, "i": 2, "f": 3}[values_HWB.dtype.kind]] * bands)
+    after = 8 + 2 + 10 * 12 + 4
+    entries = (
+        *((256, 3, 1, width), (257, 3, 1, height), (258, 3, bands, bits), (259, 3, 1, 1), (262, 3, 1, 1)),
+        *((273, 4, 1, after + len(bits + formats)), (277, 3, 1, bands), (278, 3, 1, height)),
+        *((279, 4, 1, len(body)), (339, 3, bands, formats)),
+    )
+    packed = b""
+    for tag, kind, count, value in entries:
+        if isinstance(value, bytes):
+            at = after if tag == 258 else after + len(bits)
+            inside = value.ljust(4, b"\0") if len(value) <= 4 else struct.pack(f"{order}I", at)
+        else:
+            inside = struct.pack(
+                f"{order}{'HH' if kind == 3 else 'I'}", *([value, 0] if kind == 3 else [value])
+            )
+        packed += struct.pack(f"{order}HHI", tag, kind, count) + inside
+    start = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HIH", 42, 8, len(entries))
+    return start + packed + b"\0\0\0\0" + bits + formats + body
 
 
 def with_orientation(jpeg: bytes, orientation: int) -> bytes:
@@ -155,6 +189,57 @@ def test_fractions_are_refused_as_labels(tmp_path):
         read_labels(path)
 
 
+@pytest.mark.parametrize(
+    ("ending", "options", "what"),
+    [
+        (".jpg", (), "JPEG"),
+        (".webp", (cv2.IMWRITE_WEBP_QUALITY, 80), "lossy WebP"),
+        (".tif", (cv2.IMWRITE_TIFF_COMPRESSION, 7), "JPEG"),
+    ],
+)
+def test_lossy_formats_are_refused_as_labels_whatever_their_name(tmp_path, ending, options, what):
+    ids = np.repeat(np.arange(12, dtype=np.uint8), 36).reshape(18, 24)
+    path = encode(tmp_path / f"a{ending}", ids, *options).rename(tmp_path / "a.png")
+    with pytest.raises(LossyLabelsError) as caught:
+        read_labels(path)
+    expected = f"{path}: {what} inside, which changes ids; save label maps as PNG from their source"
+    assert str(caught.value) == expected
+    assert read_image(path).shape == (18, 24, 3)  # as an image it is welcome
+
+
+def test_lossless_webp_and_compressed_tiff_keep_their_ids(tmp_path):
+    ids = rgb_image(18, 24)[:, :, 0]
+    for ending, options in (
+        (".webp", (cv2.IMWRITE_WEBP_QUALITY, 101)),
+        (".tif", (cv2.IMWRITE_TIFF_COMPRESSION, 5)),
+    ):
+        np.testing.assert_array_equal(read_labels(encode(tmp_path / f"a{ending}", ids, *options)), ids)
+
+
+def test_an_extended_webp_is_told_by_its_picture(tmp_path):
+    for quality, expected in ((80, "lossy WebP"), (101, None)):
+        webp = cv2.imencode(".webp", rgb_image(9, 9), [cv2.IMWRITE_WEBP_QUALITY, quality])[1].tobytes()
+        profile = b"ICCP" + (3).to_bytes(4, "little") + b"abc\0"
+        assert lossy_format(webp[:12] + profile + webp[12:]) == expected
+
+
+def test_four_channels_are_ids_only_if_alpha_says_nothing(tmp_path):
+    ids = rgb_image(5, 7)[:, :, 0]
+    for alpha in (np.full_like(ids, 255), ids):
+        got = read_labels(encode(tmp_path / "a.png", np.dstack([ids, ids, ids, alpha])))
+        np.testing.assert_array_equal(got, ids)
+    path = encode(tmp_path / "a.png", np.dstack([np.zeros_like(ids)] * 3 + [ids]))
+    with pytest.raises(NotIdsError, match=r"a\.png: 4 channels that differ where class ids should be; save"):
+        read_labels(path)
+
+
+@pytest.mark.parametrize("bands", [2, 4])
+def test_bands_that_would_be_dropped_are_refused_as_labels(tmp_path, bands):
+    (tmp_path / "a.tif").write_bytes(raw_tiff(np.ones((5, 7, bands), np.uint8)))
+    with pytest.raises(NotIdsError, match=f"{bands} bands of uint8 where class ids should be; save one id"):
+        read_labels(tmp_path / "a.tif")
+
+
 @pytest.mark.parametrize("ending", [".png", ".jpg", ".webp", ".tif", ".bmp"])
 @pytest.mark.parametrize("kept", [0, 5, 30, 0.5, -1])
 def test_a_file_cut_off_is_one_line_and_nothing_on_stderr(tmp_path, capfd, ending, kept):
@@ -196,6 +281,59 @@ def test_a_wrong_colour_profile_prints_nothing(tmp_path, capfd):
     (tmp_path / "a.png").write_bytes(raw_png(ids, bits=8, color_type=GREY, extra=profile))
     np.testing.assert_array_equal(read_image(tmp_path / "a.png")[:, :, 0], ids)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize(
+    ("bands", "dtype", "what"),
+    [
+        (1, np.float32, "1 band of float32"),
+        (3, np.float32, "3 bands of float32"),
+        (12, np.uint8, "12 bands of uint8"),
+        (12, np.uint16, "12 bands of uint16"),
+        (1, np.float16, "1 band of float16"),
+        (1, np.int16, "1 band of int16"),
+        (1, np.uint32, "1 band of uint32"),
+    ],
+)
+def test_a_tiff_that_is_no_picture_is_told_by_its_bands_and_type(tmp_path, capfd, bands, dtype, what, order):
+    path = tmp_path / "a.tif"
+    path.write_bytes(raw_tiff(np.ones((5, 7, bands), dtype), order=order))
+    with pytest.raises(UserError) as caught:
+        read_image(path)
+    assert str(caught.value) == f"{path}: {what}; expected 1, 3 or 4 bands of uint8 or uint16; convert it"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_big_tiff_is_told_by_its_bands_and_type():
+    entries = [(258, 3, 1, 32), (277, 3, 1, 12), (339, 3, 1, 3), (259, 3, 1, 1)]
+    body = b"".join(struct.pack("<HHQQ", *entry) for entry in entries)
+    assert tiff_kind(b"II+\0" + struct.pack("<HHQQ", 8, 0, 16, 4) + body) == (12, "float32", False)
+
+
+@pytest.mark.parametrize(
+    ("bands", "dtype", "message"),
+    [
+        (1, np.float16, "label ids are float16; save them as integers"),
+        (12, np.uint8, "12 bands of uint8 where class ids should be; save one id per pixel"),
+    ],
+)
+def test_a_tiff_that_is_no_label_map_is_told_by_its_bands_and_type(tmp_path, bands, dtype, message):
+    (tmp_path / "a.tif").write_bytes(raw_tiff(np.ones((5, 7, bands), dtype)))
+    with pytest.raises(NotIdsError, match=message):
+        read_labels(tmp_path / "a.tif")
+
+
+def test_a_header_that_pillow_cannot_read_prints_nothing(tmp_path, capfd):
+    (tmp_path / "a.tif").write_bytes(raw_tiff(np.ones((5, 7, 12), np.uint8)))
+    assert image_size(tmp_path / "a.tif") is None
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_radiance_map_is_told_by_its_type(tmp_path):
+    path = encode(tmp_path / "a.hdr", np.ones((5, 7, 3), np.float32))
+    with pytest.raises(UserError, match=r"a\.hdr: 3 bands of float32; expected 1, 3 or 4 bands of uint8"):
+        read_image(path)
 
 
 def test_missing_files_and_folders_are_named(tmp_path):

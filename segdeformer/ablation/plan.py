@@ -6,7 +6,6 @@ All rows have the data and the protocol of one base recipe, so that they can be 
 from __future__ import annotations
 
 import re
-import tomllib
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from segdeformer.config import DataConfig, Recipe, Strict, change_recipe, load_recipe, validate_recipe
 from segdeformer.config.changes import differences
+from segdeformer.config.toml import read_toml
 from segdeformer.errors import UsageError
 from segdeformer.paper.ablations import TABLES, ModelOf, PaperValue, Row, paper_value
 from segdeformer.refusals import explain
@@ -187,8 +187,8 @@ class ReadFile(NamedTuple):
 def read_ablation(path: Path) -> ReadFile:
     """Read and check the file; raises `UsageError` that names the row and the key."""
     try:
-        values = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values = read_toml(path)
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read as TOML ({error})") from None
     try:
         file = AblationFile.model_validate(values)

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from segdeformer.config.data import DataConfig
-from segdeformer.config.recipe import Recipe
+from segdeformer.config.recipe import OPEN, Recipe
 from segdeformer.errors import UsageError
 from segdeformer.refusals import explain
 
@@ -31,6 +31,7 @@ def change_recipe(
 ) -> Recipe:
     """The recipe with whatever is not None put in, validated anew.
 
+    num_classes: of the data, once that is known; then class weights are counted, of data `folder` too.
     weights: of the encoder. mode, scales, flip, key_stride: of the evaluation. Warm-up and intervals scale
     with `iterations`, unless a run that has begun `keeps_schedule`. Raises `UsageError` in one line.
     """
@@ -52,10 +53,10 @@ def change_recipe(
     train.update({key: value for key, value in schedule.items() if value is not None})
     values["evaluate"].update({key: value for key, value in protocol.items() if value is not None})
     try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate(values, context=OPEN if num_classes is None else None)
     except ValidationError as error:
         first = error.errors()[0]
-        where, key = str(first["loc"][0]), str(first["loc"][-1] if len(first["loc"]) < 2 else first["loc"][1])
+        where, key = [*map(str, first["loc"][:2]), "", ""][:2]  # nowhere: tables that contradict each other
         if where == "evaluate" and protocol.get(key) is not None:
             raise UsageError(f"--{key}: {first['msg']}; got {first['input']!r}") from None
         raise UsageError(f"{recipe.name}: {explain(error, Recipe)}") from None

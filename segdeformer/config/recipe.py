@@ -8,17 +8,19 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from segdeformer.config.data import AugmentConfig, DataConfig, EvalConfig
 from segdeformer.config.fields import Strict
 from segdeformer.config.losses import LossConfig
 from segdeformer.config.model import ModelConfig, UperNetConfig
+from segdeformer.config.toml import parse_toml, read_toml_text
 from segdeformer.config.training import TrainConfig
 from segdeformer.errors import UsageError
 from segdeformer.refusals import explain
 
 DEFAULT_RECIPE = "landcover"
+OPEN = {"num_classes": "open"}  # context of a validation before the classes.toml of a `folder` has been read
 
 
 class ReportedConfig(Strict):
@@ -52,8 +54,8 @@ class Recipe(Strict):
         }
         return tuple(term for term in self.train.losses if made[term.of])
 
-    @model_validator(mode="after")
-    def _one_weight_per_class(self) -> Recipe:
+    def check_class_weights(self) -> None:
+        """Raises `ValueError` where a loss has other than one weight per class."""
         for place, term in enumerate(self.train.losses):
             weights = getattr(term, "class_weights", None)
             if weights is not None and len(weights) != self.model.num_classes:
@@ -61,6 +63,11 @@ class Recipe(Strict):
                     f"train.losses.{place}.class_weights has {len(weights)} values for "
                     f"model.num_classes {self.model.num_classes}"
                 )
+
+    @model_validator(mode="after")
+    def _one_weight_per_class(self, info: ValidationInfo) -> Recipe:
+        if not (info.context == OPEN and self.data.name == "folder"):
+            self.check_class_weights()
         return self
 
     @model_validator(mode="after")
@@ -101,7 +108,7 @@ def load_recipe(name_or_path: str) -> Recipe:
 def recipe_text(name: str) -> str:
     """The TOML of a shipped recipe, comments and all; raises `UsageError` for an unknown name."""
     if name in recipe_names():
-        return (resources.files("segdeformer") / "recipes" / f"{name}.toml").read_text("utf-8")
+        return read_toml_text(resources.files("segdeformer") / "recipes" / f"{name}.toml")
     raise _no_recipe(name)
 
 
@@ -110,8 +117,8 @@ def _recipe_file(name_or_path: str) -> str:
     if not path.is_file():
         raise _no_recipe(name_or_path)
     try:
-        return path.read_text("utf-8")
-    except (UnicodeDecodeError, OSError) as error:
+        return read_toml_text(path)
+    except (ValueError, OSError) as error:
         raise UsageError(f"{path}: cannot be read as a TOML text file ({error})") from None
 
 
@@ -125,18 +132,24 @@ def _no_recipe(name: str) -> UsageError:
 
 
 def parse_recipe(text: str, origin: str) -> Recipe:
-    """Validate TOML text strictly. `origin` names it in errors."""
+    """Validate TOML text strictly. `origin` names it in errors.
+
+    Of data `folder`, class weights are not counted yet: its classes.toml decides the number of classes.
+    """
     try:
-        values = tomllib.loads(text)
+        values = parse_toml(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{origin}: not valid TOML: {error}") from None
-    return validate_recipe(values, origin)
+    return validate_recipe(values, origin, context=OPEN)
 
 
-def validate_recipe(values: dict[str, Any], origin: str) -> Recipe:
-    """Validate a nested dict, as read from TOML or from a checkpoint's metadata."""
+def validate_recipe(values: dict[str, Any], origin: str, *, context: Any = None) -> Recipe:
+    """Validate a nested dict, as read from TOML or from a checkpoint's metadata.
+
+    context: `OPEN` before the data is known.
+    """
     try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate(values, context=context)
     except ValidationError as error:
         raise UsageError(f"{origin}: {explain(error, Recipe)}") from None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import cv2
 import numpy as np
 
 from segdeformer.config import IGNORE_INDEX
+from segdeformer.config.toml import read_toml
 from segdeformer.errors import UserError
 
 Color = tuple[int, int, int]  # RGB
@@ -35,13 +35,13 @@ def load_classes(path: Path) -> ClassTable:
     Raises `UserError` when the file is missing, is no TOML, or does not say this.
     """
     try:
-        values = tomllib.loads(path.read_text("utf-8"))
+        values = read_toml(path)
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file; write the class names there, in the order of their ids: {EXAMPLE}, "
             "or name another file with --classes"
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as TOML ({error}); expected a line like {EXAMPLE}") from None
     for key in values:
         if key not in KEYS:

@@ -36,6 +36,7 @@ class FileDataset:
     classes: ClassTable
     pairs: tuple[Pair, ...]
     label_map: LabelMap
+    skipped: tuple[str, ...] = ()  # lines: what in the folders could not be visited
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -146,9 +147,11 @@ def open_dataset(config: DataConfig, split: Literal["train", "val"]) -> Dataset:
     if config.name == "synthetic":
         return SyntheticDataset(folder)
     source = find_source(config, split)
-    pairs = pair_files(source.layout)
+    pairs, skipped = pair_files(source.layout)
     classes, label_map = load_meaning(source)
-    return FileDataset(name=config.name, split=folder, classes=classes, pairs=pairs, label_map=label_map)
+    return FileDataset(
+        name=config.name, split=folder, classes=classes, pairs=pairs, label_map=label_map, skipped=skipped
+    )
 
 
 def _own_dataset(config: DataConfig, split: str) -> Dataset:

@@ -5,12 +5,14 @@ H height, W width. Colours are RGB everywhere in the project; OpenCV's BGR does 
 
 from __future__ import annotations
 
+import logging
 import zlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from segdeformer.data.formats import JPEG_START, bands_of, lossy_format, tiff_kind
 from segdeformer.errors import UserError
 from segdeformer.files import replacing
 
@@ -21,14 +23,20 @@ if hasattr(cv2, "setLogLevel"):
 else:  # its place in newer releases
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 cv2.setNumThreads(0)
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # nor does Pillow print what it cannot open
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_PALETTE, PNG_GREY = b"\x03", b"\x00"  # colour types
-JPEG_START, JPEG_SCAN, JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
+JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
+ONE_ID = "save one id per pixel (8-bit grey PNG)"
 
 
 class NotIdsError(UserError):
     """A readable picture stands where a label map should be."""
+
+
+class LossyLabelsError(UserError):
+    """Label ids were saved in a format that changes them."""
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -44,7 +52,8 @@ def read_image(path: Path) -> np.ndarray:
     if pixels.dtype == np.uint16:
         pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if pixels.dtype != np.uint8:
-        raise UserError(f"{path}: pixels are {pixels.dtype}; save it with 8 or 16 bits a channel")
+        kind = tiff_kind(data)  # OpenCV has made it three channels
+        raise _unusual(path, kind.words() if kind else bands_of(pixels.shape[2], pixels.dtype))
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
 
 
@@ -64,25 +73,49 @@ def image_size(path: Path) -> tuple[int, int] | None:
 def read_labels(path: Path) -> np.ndarray:
     """Read a label map as (H, W) integers, exactly as stored; of a palette PNG the indices, not the colours.
 
-    Raises `UserError` when there is no such file, it cannot be decoded whole, or it holds colours.
+    Raises `UserError` when there is no such file or it cannot be decoded whole; `NotIdsError` for colours,
+    fractions and channels that differ, `LossyLabelsError` for formats that change ids.
     """
     data = _read_bytes(path)
     bits = 8
     if data.startswith(PNG_SIGNATURE):
         data = _plain_png(data, path, keep=(b"IHDR", b"IDAT", b"IEND"))
         bits = data[24]
+    kind = tiff_kind(data)
+    if kind is not None and kind.bands == 1 and kind.dtype.startswith("float"):
+        raise _fractions(path, kind.dtype)
+    if kind is not None and kind.bands > 4:
+        raise NotIdsError(f"{path}: {kind.words()} where class ids should be; {ONE_ID}")
     pixels = _decode(data, cv2.IMREAD_UNCHANGED, path)
+    if lossy := lossy_format(data):
+        raise LossyLabelsError(
+            f"{path}: {lossy} inside, which changes ids; save label maps as PNG from their source"
+        )
     if bits < 8:
         pixels //= 255 // (2**bits - 1)  # OpenCV stretches 1, 2 and 4 bits to the range of 8
+    return _one_channel(pixels, data, path)
+
+
+def _one_channel(pixels: np.ndarray, data: bytes, path: Path) -> np.ndarray:
+    """The ids of decoded pixels; a `NotIdsError` where channels differ or hold fractions."""
+    kind = tiff_kind(data)
+    if kind is not None and kind.bands > 1 and pixels.ndim == 2:  # OpenCV has dropped the others
+        raise NotIdsError(f"{path}: {kind.words()} where class ids should be; {ONE_ID}")
     if pixels.ndim == 3:
-        if not (pixels[:, :, :3] == pixels[:, :, :1]).all():
-            raise NotIdsError(
-                f"{path}: colours where class ids should be; save one id per pixel (8-bit grey PNG)"
-            )
+        first, others = pixels[:, :, :1], pixels[:, :, 1:3]
+        if not (others == first).all():
+            raise NotIdsError(f"{path}: colours where class ids should be; {ONE_ID}")
+        alpha = pixels[:, :, 3:]
+        if alpha.size and np.ptp(alpha) and not (alpha == first).all():
+            raise NotIdsError(f"{path}: 4 channels that differ where class ids should be; {ONE_ID}")
         pixels = pixels[:, :, 0]
     if pixels.dtype.kind == "f":
-        raise NotIdsError(f"{path}: label ids are {pixels.dtype}; save them as integers (8-bit grey PNG)")
+        raise _fractions(path, pixels.dtype)
     return pixels
+
+
+def _fractions(path: Path, dtype: object) -> NotIdsError:
+    return NotIdsError(f"{path}: label ids are {dtype}; save them as integers (8-bit grey PNG)")
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:
@@ -113,8 +146,13 @@ def _decode(data: bytes, flags: int, path: Path) -> np.ndarray:
     except cv2.error:  # an empty file, or more pixels than OpenCV takes
         pixels = None
     if pixels is None:
-        raise _unreadable(path)
+        kind = tiff_kind(data)
+        raise _unreadable(path) if kind is None or kind.is_picture() else _unusual(path, kind.words())
     return pixels
+
+
+def _unusual(path: Path, what: str) -> UserError:
+    return UserError(f"{path}: {what}; expected 1, 3 or 4 bands of uint8 or uint16; convert it")
 
 
 def _unreadable(path: Path) -> UserError:

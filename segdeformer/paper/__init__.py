@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-import tomllib
 from importlib import resources
 from typing import Any
+
+from segdeformer.config.toml import read_toml
 
 
 @functools.cache
 def paper() -> dict[str, Any]:
     """paper.toml as it stands."""
-    return tomllib.loads(resources.files(__name__).joinpath("paper.toml").read_text("utf-8"))
+    return read_toml(resources.files(__name__).joinpath("paper.toml"))
 
 
 def table_rows(number: int) -> list[dict[str, Any]]:

@@ -12,7 +12,8 @@ import numpy as np
 from segdeformer.data.classes import ClassTable
 from segdeformer.data.datasets import IMAGE_ENDINGS
 from segdeformer.data.images import write_png
-from segdeformer.errors import UserError
+from segdeformer.data.walk import walk_files
+from segdeformer.errors import UserError, listed
 from segdeformer.inference.predict import Prediction
 from segdeformer.report.pictures import class_shares, confidence_map, overlay, with_color_bar, with_legend
 
@@ -31,19 +32,29 @@ class Job(NamedTuple):
         return [self.result.with_name(f"{self.result.name}{ending}.png") for ending in endings]
 
 
-def plan_jobs(inputs: Sequence[Path], out: Path, *, kinds: Sequence[Kind] = ()) -> list[Job]:
+class Plan(NamedTuple):
+    """What to predict, and a line for each thing in the folders that could not be visited."""
+
+    jobs: list[Job]
+    skipped: list[str]
+
+
+def plan_jobs(inputs: Sequence[Path], out: Path, *, kinds: Sequence[Kind] = ()) -> Plan:
     """Find the images of files and folders (with their subfolders) and name their results under `out`.
 
     Raises `UserError` when an input is missing, a folder holds no image, or a result would overwrite an
     input or another result.
     """
     found: list[tuple[Path, Path]] = []  # image, path relative to what was named
+    skipped: list[str] = []
     for given in inputs:
         if given.is_dir():
-            candidates = (p for p in given.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
-            images = sorted(p for p in candidates if not p.name.startswith(".") and p.is_file())
+            walk = walk_files(given)
+            images = [path for path in walk.files if path.suffix.lower() in IMAGE_ENDINGS]
+            skipped += walk.skipped
             if not images:
-                raise UserError(f"{given} holds no images ({', '.join(IMAGE_ENDINGS)})")
+                unvisited = f"; not visited: {listed(walk.skipped)}" if walk.skipped else ""
+                raise UserError(f"{given} holds no images ({', '.join(IMAGE_ENDINGS)}){unvisited}")
             found += [(image, image.relative_to(given)) for image in images]
         elif given.is_file():
             found.append((given, Path(given.name)))
@@ -62,7 +73,7 @@ def plan_jobs(inputs: Sequence[Path], out: Path, *, kinds: Sequence[Kind] = ()) 
     for path in results:
         if path.resolve() in originals:
             raise UserError(f"the result would overwrite the input {path}; choose another --out")
-    return jobs
+    return Plan(jobs, skipped)
 
 
 def write_prediction(

@@ -65,8 +65,9 @@ def prepare(wanted: Wanted, resumed: Path | None, data: Splits | None = None) ->
     splits = data or open_splits(config)
     if checkpoint is not None:
         check_same_classes(checkpoint.classes, splits.train, str(checkpoint.path))
-    # data of the user's choice brings its own number of classes, but a run keeps its own
-    takes_classes = (data is not None or wanted.data is not None) and resumed is None
+    # data of the user's choice, and any folder, brings its own number of classes, but a run keeps its own
+    chosen = data is not None or wanted.data is not None or config.name == "folder"
+    takes_classes = chosen and resumed is None
     recipe = change_recipe(
         base,
         data=config,

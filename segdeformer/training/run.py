@@ -191,6 +191,10 @@ def _check(recipe: Recipe, data: Splits, runtime: Runtime, options: Options) -> 
                 f"recipe {recipe.name} has model.num_classes = {recipe.model.num_classes}, "
                 f"{dataset.name} has {num_classes} classes; set it to {num_classes}"
             )
+    try:
+        recipe.check_class_weights()  # not yet counted in a recipe for a folder that has not met its data
+    except ValueError as error:
+        raise UsageError(f"recipe {recipe.name}: {error}") from None
     if recipe.augment.transforms:  # one's own, tried before there is a folder
         training_batch(data.train, recipe, 0, places=range(1), bad_images=options.bad_images)
     processes = runtime.processes

@@ -7,7 +7,6 @@ classes.
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -15,6 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from segdeformer.config.toml import read_toml
 from segdeformer.models.encoders import TimmEncoder
 from segdeformer.models.mit import EXPANSION, REDUCTIONS, STRIDES, MiT
 from segdeformer.models.segmenter import Segmenter
@@ -107,7 +107,7 @@ class Rule(NamedTuple):
 
 
 CLASSIFIER = r"decoder\.head\.classify"
-TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+TABLES = read_toml(Path(__file__).with_suffix(".toml"))
 MIT_NAMES: dict[Naming, dict[str, str]] = TABLES["mit"]
 STYLES = tuple(MIT_NAMES)
 HEADS: dict[Naming, tuple[Rule, ...]] = {

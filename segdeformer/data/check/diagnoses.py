@@ -19,6 +19,7 @@ from segdeformer.data.check.examine import TURNS, Exam, FailureKind, Histogram, 
 from segdeformer.data.check.findings import Finding, finding, findings_of
 from segdeformer.data.classes import ClassTable
 from segdeformer.data.images import read_image
+from segdeformer.errors import listed
 
 IDS_ARE_CLASSES: tuple[str, ...] = ("folder", "landcover", "synthetic")  # no table between them
 MANY = 0.05  # share of a split's label maps from which an id is no slip
@@ -77,7 +78,12 @@ def _failures(split: str, exams: Sequence[Exam]) -> Iterator[Finding]:
         failed = [(exam.pair, fail.message) for exam in exams for fail in exam.failures if fail.kind == kind]
         if failed:
             files = [pair.image if kind == "unreadable image" else pair.labels for pair, _ in failed]
-            yield finding(kind, split, f"{len(failed)} of {len(exams)}, {failed[0][1]}", files)
+            reasons: dict[str, str] = {}  # without the path: message; sizes and ids differ in most files
+            if kind in ("unreadable image", "unreadable label map"):
+                for file, (_, message) in zip(files, failed, strict=True):
+                    reasons.setdefault(message.replace(str(file), ""), message)
+            said = listed([*reasons.values()]) or failed[0][1]
+            yield finding(kind, split, f"{len(failed)} of {len(exams)}, {said}", files)
 
 
 def _traits(split: str, exams: Sequence[Exam]) -> Iterator[Finding]:

@@ -20,7 +20,15 @@ from segdeformer.data.datasets import (
     open_dataset,
     split_name,
 )
-from segdeformer.data.folders import Layout, Pair, check_any_images, check_folders, list_files
+from segdeformer.data.folders import (
+    Layout,
+    Pair,
+    all_skipped,
+    check_any_images,
+    check_folders,
+    list_files,
+    name_of,
+)
 from segdeformer.data.parallel import in_threads
 from segdeformer.data.samples import Dataset, Sample, evenly_spread
 from segdeformer.errors import UserError
@@ -163,11 +171,17 @@ def find_pairs(split: str, layout: Layout) -> tuple[tuple[Pair, ...], list[Findi
     without_image = sorted(labels.found.keys() - images.found.keys())
     lonely_images = images.found.keys() - labels.found.keys()
     without_labels = sorted(lonely_images)
-    other_labels = {path: path.relative_to(label_folder).with_suffix("").as_posix() for path in labels.others}
+    other_labels = {path: name_of(path, label_folder, path.suffix) for path in labels.others}
 
     equations = [f"{first} = {second}" for first, second in (*images.clashes, *labels.clashes)]
     what = f"files that differ in their endings only: {len(equations)}; one file per name was expected"
     findings = [*findings_of("duplicate names", split, equations, what)]
+    twins = (*images.twins, *labels.twins)
+    what = f"names that differ in Unicode's normal form only: {len(twins)}; one file per name was expected"
+    findings += findings_of("names in two forms", split, twins, what)
+    skipped = all_skipped(images, labels)
+    what = f"links and folders that could not be visited: {len(skipped)}"
+    findings += findings_of("not visited", split, skipped, what)
 
     ending = layout.label_endings[0]
     misnamed = [path for path, name in other_labels.items() if name in lonely_images]

@@ -18,10 +18,11 @@ import numpy as np
 from segdeformer.config import IGNORE_INDEX
 from segdeformer.data.datasets import check_same_size, map_labels
 from segdeformer.data.folders import Pair
+from segdeformer.data.formats import JPEG_START
 from segdeformer.data.images import (
-    JPEG_START,
     PNG_PALETTE,
     PNG_SIGNATURE,
+    LossyLabelsError,
     NotIdsError,
     read_image,
     read_labels,
@@ -149,11 +150,14 @@ def examine_sample(split: str, dataset: Dataset, index: int) -> Exam:
 
 @contextlib.contextmanager
 def _failing(exam: Exam, kind: FailureKind) -> Iterator[None]:
-    """A `UserError` becomes a failure of this kind, of coloured label maps one of theirs."""
+    """A `UserError` becomes a failure of this kind, of coloured and lossy label maps one of theirs."""
     try:
         yield
+    except NotIdsError as error:
+        exam.failures.append(Failure("colours in label map", str(error)))
+    except LossyLabelsError as error:
+        exam.failures.append(Failure("lossy label map", str(error)))
     except UserError as error:
-        kind = "colours in label map" if isinstance(error, NotIdsError) else kind
         exam.failures.append(Failure(kind, str(error)))
 
 
@@ -219,14 +223,10 @@ def _content_hash(pixels: np.ndarray) -> bytes:
 # Label maps.
 
 
-def _examine_labels(exam: Exam) -> np.ndarray | None:
+def _examine_labels(exam: Exam) -> np.ndarray:
     path = exam.pair.labels
     raw_HW = read_labels(path)
     data = path.read_bytes()
-    if data.startswith(JPEG_START):
-        message = f"{path}: JPEG inside, which changes ids; save label maps as PNG from their source"
-        exam.failures.append(Failure("lossy label map", message))
-        return None
     exam.raw_ids, exam.labels_hash = _ids(raw_HW), _content_hash(raw_HW)
     if data.startswith(PNG_SIGNATURE) and data[25:26] == PNG_PALETTE:
         exam.traits.add("palette")

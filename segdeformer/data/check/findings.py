@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from segdeformer.config.toml import read_toml
+
 Level = Literal["error", "warning", "note"]
 
-NUM_SHOWN = 3  # files
+NUM_SHOWN = 3  # files, in a table
+NUM_LISTED = 8  # in a line
 
 
 class Finding(NamedTuple):
@@ -22,21 +24,21 @@ class Finding(NamedTuple):
     remedy: str
     files: tuple[str, ...]
 
-    def shown_files(self) -> str:
-        """The first few, and how many more; nothing when the one file is named already."""
-        if len(self.files) == 1 and self.files[0] in self.what:
+    def shown_files(self, most: int = NUM_SHOWN) -> str:
+        """The first few, and how many more; nothing when all are named already."""
+        if len(self.files) <= most and all(file in self.what for file in self.files):
             return ""
-        more = len(self.files) - NUM_SHOWN
-        return ", ".join(self.files[:NUM_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+        more = len(self.files) - most
+        return ", ".join(self.files[:most]) + (f" and {more:,} more" if more > 0 else "")
 
     def line(self) -> str:
         """All of it in one line."""
-        where = f": {shown}" if (shown := self.shown_files()) else ""
+        where = f": {shown}" if (shown := self.shown_files(NUM_LISTED)) else ""
         return f"{self.split}: {self.what}{where}; {self.remedy}"
 
 
 # What to do about each kind, by its level, the worst first.
-REMEDIES: dict[Any, dict[str, str]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+REMEDIES: dict[Any, dict[str, str]] = read_toml(Path(__file__).with_suffix(".toml"))
 
 
 def finding(kind: str, split: str, what: str, files: Sequence[object] = (), *, remedy: str = "") -> Finding:

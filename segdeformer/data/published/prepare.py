@@ -31,7 +31,7 @@ from segdeformer.data.images import read_labels, write_png
 from segdeformer.data.parallel import in_threads
 from segdeformer.data.published import SETS
 from segdeformer.data.samples import LabelMap
-from segdeformer.errors import UsageError, UserError
+from segdeformer.errors import UsageError, UserError, listed
 from segdeformer.files import replacing, write_text
 
 Split = Literal["train", "val"]
@@ -70,7 +70,9 @@ class Preparation:
         self.recipe = SETS[name]["recipe"]  # to train on it with
         self.place = _copied if copy else _linked
         self.sources = {split: _FIND[name](source, split) for split in COUNTS[name]}
-        self.pairs = {split: pair_files(layout) for split, (layout, _) in self.sources.items()}
+        paired = {split: pair_files(layout) for split, (layout, _) in self.sources.items()}
+        self.pairs = {split: found.pairs for split, found in paired.items()}
+        self.skipped = [line for found in paired.values() for line in found.skipped]
         self.made: list[Made] = []
 
     def __len__(self) -> int:
@@ -99,8 +101,8 @@ class Preparation:
         return Made(split, is_new, None)
 
     def counts(self) -> list[str]:
-        """A line for each split."""
-        lines = []
+        """A line for each split, after one for what in SRC could not be visited."""
+        lines = [f"not visited: {listed(self.skipped)}"] if self.skipped else []
         for split, wanted in COUNTS[self.name].items():
             own = [made for made in self.made if made.split == split and made.error is None]
             new = sum(made.is_new for made in own)

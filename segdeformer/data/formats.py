@@ -1,0 +1,95 @@
+"""What a header says that decoded pixels do not: the bands of a TIFF, compression that changes values."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+JPEG_START = b"\xff\xd8"
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
+
+BITS, COMPRESSION, BANDS, SAMPLE_FORMAT = 258, 259, 277, 339  # tags
+NUMBER_FORMATS = {3: "H", 4: "I", 16: "Q"}  # by a tag's type
+SAMPLE_KINDS = {1: "uint", 2: "int", 3: "float", 5: "complex int", 6: "complex"}
+PICTURE_TYPES = (*(f"uint{bits}" for bits in (1, 2, 4, 8, 10, 12, 14, 16)), "unknown8", "unknown16")
+TIFF_JPEGS = (6, 7, 34892)  # compressions
+
+
+class TiffKind(NamedTuple):
+    """What the pixels of a TIFF's first picture are."""
+
+    bands: int
+    dtype: str  # as NumPy would name it: uint8, float32
+    has_jpeg: bool
+
+    def is_picture(self) -> bool:
+        """Whether it has as many bands as an image, of bits that can be scaled to 8."""
+        return self.bands <= 4 and self.dtype in PICTURE_TYPES
+
+    def words(self) -> str:
+        return bands_of(self.bands, self.dtype)
+
+
+def bands_of(bands: int, dtype: object) -> str:
+    return f"{bands} {'band' if bands == 1 else 'bands'} of {dtype}"
+
+
+def tiff_kind(data: bytes) -> TiffKind | None:
+    """By the header; None when it is no TIFF or cut off."""
+    if not data.startswith(TIFF_STARTS):
+        return None
+    try:
+        tags = _tags(data)
+    except struct.error:
+        return None
+    sample_kind = SAMPLE_KINDS.get(tags.get(SAMPLE_FORMAT, 1), "unknown")
+    return TiffKind(
+        tags.get(BANDS, 1), f"{sample_kind}{tags.get(BITS, 1)}", tags.get(COMPRESSION) in TIFF_JPEGS
+    )
+
+
+def _tags(data: bytes) -> dict[int, int]:
+    """The first value of every tag whose values are whole numbers."""
+    order = "<" if data.startswith(b"II") else ">"
+    is_big = b"+" in data[:4]
+    start_at, start_format, count_format, entry = (8, "Q", "Q", "HHQ8s") if is_big else (4, "I", "H", "HHI4s")
+    (start,) = struct.unpack_from(order + start_format, data, start_at)
+    (count,) = struct.unpack_from(order + count_format, data, start)
+    start += struct.calcsize(order + count_format)
+    tags = {}
+    for number in range(min(count, 1000)):
+        tag, kind, values, inline = struct.unpack_from(
+            order + entry, data, start + number * struct.calcsize(order + entry)
+        )
+        if kind not in NUMBER_FORMATS or not values:
+            continue
+        form = order + NUMBER_FORMATS[kind]
+        if values * struct.calcsize(form) <= len(inline):
+            (tags[tag],) = struct.unpack_from(form, inline)
+        else:
+            (at,) = struct.unpack(order + start_format, inline)
+            (tags[tag],) = struct.unpack_from(form, data, at)
+    return tags
+
+
+def lossy_format(data: bytes) -> str | None:
+    """The format that gives back other values than were saved; None for those that keep them."""
+    if data.startswith(JPEG_START):
+        return "JPEG"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "lossy WebP" if _webp_is_lossy(data) else None
+    if data[4:8] == b"ftyp" and b"avi" in data[8:32]:  # avif, avis
+        return "AVIF"
+    kind = tiff_kind(data)
+    return "JPEG" if kind is not None and kind.has_jpeg else None
+
+
+def _webp_is_lossy(data: bytes) -> bool:
+    """Whether its picture is a `VP8 ` chunk, whatever comes before; `VP8L` is lossless."""
+    start = 12
+    while name := data[start : start + 4]:
+        if name in (b"VP8 ", b"VP8L"):
+            return name == b"VP8 "
+        size = int.from_bytes(data[start + 4 : start + 8], "little")
+        start += 8 + size + size % 2
+    return False
