@@ -148,9 +148,7 @@ class AblationProgress:
         results, passed = self.results, _minutes(time.monotonic() - self.began)
         lines = [f"{results.num_finished} of {len(results.plan.runs)} runs, {passed}{self._left()}"]
         lines += [progress_line(progress) for progress in self.running]
-        return Group(
-            "", results_table(results), "", Text("\n".join(lines), style="cyan", overflow="ellipsis")
-        )
+        return Group("", results_table(results), "", Text("\n".join(lines), style="cyan", overflow="fold"))
 
 
 def _minutes(seconds: float) -> str:
