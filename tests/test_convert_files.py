@@ -215,7 +215,7 @@ def test_code_in_a_file_is_never_run(kind, zipped, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"<html>", "damaged or no PyTorch file"),
+        (b"<html>", "is a web page, so the download failed"),
         (b"", "damaged or no PyTorch file"),
         ([1, 2], "holds a list, not a dict"),
         (torch.nn.Linear(1, 1), "holds an object of `torch.nn.modules.linear.Linear`, not a dict of tensors"),

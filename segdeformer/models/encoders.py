@@ -118,6 +118,7 @@ class WeightsReport(NamedTuple):
     unexpected: tuple[str, ...]
     resampled: tuple[str, ...]
     passed_over: tuple[str, ...]
+    container: str | None = None  # the dict in the file that they were taken from
 
     def lines(self) -> list[str]:
         """For the terminal: a summary, and a line for each list that is not empty."""
@@ -127,7 +128,9 @@ class WeightsReport(NamedTuple):
             "in the file but not used": self.unexpected,
             "objects in the file that were not read": self.passed_over,
         }
-        summary = f"encoder weights: {self.loaded} tensors from {self.source} ({self.source_format} names)"
+        inside = f"`{self.container}`, " if self.container else ""
+        told = f"({inside}{self.source_format} names)"
+        summary = f"encoder weights: {self.loaded} tensors from {self.source} {told}"
         return [summary, *(f"  {title}: {', '.join(names)}" for title, names in lists.items() if names)]
 
 
