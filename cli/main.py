@@ -33,6 +33,9 @@ class Command(typer.Typer):
             return super().__call__(*args, **kwargs)
 
 
+# Read when the hub's client is imported: without a network, a download of weights fails soon.
+os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
+
 app = Command(
     name="segdeformer",
     help="Semantic segmentation with the SegDeformer decoder (ECCV 2022).",

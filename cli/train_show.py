@@ -36,6 +36,18 @@ REFRESH_S = 0.5
 LINE_EVERY_S = 30.0
 
 
+def say_download(console: Console, recipe: Recipe) -> None:
+    """Before a model is built: whose weights it downloads, which may take a while."""
+    from segdeformer.models.mit import MIT_SIZES
+    from segdeformer.plugins import is_path
+
+    encoder = recipe.model.encoder
+    if encoder.weights == "timm" and encoder.name not in MIT_SIZES and not is_path(encoder.name):
+        console.print(
+            f"encoder weights: `{encoder.name}` of timm, downloaded unless they are on this machine already"
+        )
+
+
 def introduce(
     console: Console, run: Run, base: Recipe, findings: Sequence[Finding], *, shows_folder: bool = True
 ) -> None:

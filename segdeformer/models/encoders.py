@@ -6,17 +6,16 @@ timm is imported only when one of its models is built.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segdeformer.errors import UsageError, UserError
+from segdeformer.models.downloads import explained_download
 from segdeformer.models.mit import MIT_SIZES, MiT
 from segdeformer.models.own import build_own_encoder
 from segdeformer.plugins import is_path
@@ -250,23 +249,6 @@ def create_timm(config: EncoderConfig, create: Callable[..., Any]) -> tuple[Any,
     if config.drop_path and "drop_path_rate" not in options:
         raise UsageError(f"`model.encoder.drop_path`: `{config.name}` has no drop path; set it to 0")
     return model, set(options)
-
-
-@contextlib.contextmanager
-def explained_download(name: str) -> Iterator[None]:
-    """Weights that cannot be downloaded are one line, without the hub client's line for every retry."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"the weights of `{name}` could not be downloaded ({type(error).__name__}); without a "
-            "network, set encoder.weights to a .safetensors or .pth file in timm's names"
-        ) from error
-    finally:
-        logger.setLevel(level)
 
 
 def _choose_levels(config: EncoderConfig, reductions: list[int]) -> tuple[int, int, int, int]:
