@@ -12,6 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import track
 from rich.table import Table
 
+from segdeformer.errors import count
 from segdeformer.files import write_text
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def schedule_line(recipe: Recipe) -> str:
     weighted = (f"{term.weight:g} {term.name}" if term.weight != 1 else term.name for term in terms)
     averages = dict.fromkeys(str(getattr(term, "average", "valid")) for term in terms)
     return (
-        f"AdamW, batch {config.batch_size}, {config.iterations:,} iterations: linear warm-up over "
+        f"AdamW, batch {config.batch_size}, {count(config.iterations, 'iteration')}: linear warm-up over "
         f"{config.warmup_iterations:,}, then poly of power {config.poly_power:g} to "
         f"{config.min_learning_rate:g}; loss {' + '.join(weighted)}, "
         f"averaged over {' or '.join(averages)} pixels"
@@ -111,7 +112,8 @@ def scores_line(report: Report) -> str:
     """mIoU, mAcc, aAcc and loss in one line."""
     return (
         f"mIoU {percent(report.scores.miou)} %, mAcc {percent(report.scores.macc)} %, "
-        f"aAcc {percent(report.pixel_accuracy)} %, loss {report.loss:.4f} on {report.num_images} images"
+        f"aAcc {percent(report.pixel_accuracy)} %, loss {report.loss:.4f} on "
+        f"{count(report.num_images, 'image')}"
     )
 
 

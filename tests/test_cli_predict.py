@@ -255,7 +255,7 @@ def test_unreadable_images_do_not_cost_the_good_ones(checkpoint, tmp_path):
     (tmp_path / "in/d.jpg").write_bytes(b"")
     assert refusal(checkpoint, tmp_path / "in", "--out", tmp_path / "out") == (
         f"{tmp_path}/in/b.png: not a readable image (damaged, cut off or another format); replace it "
-        "(and 1 more images failed)"
+        "(and 1 more image failed)"
     )
     assert files_below(tmp_path / "out") == {"a.png", "c.png", "e.png"}
     for index, name in enumerate(("a.png", "c.png", "e.png")):

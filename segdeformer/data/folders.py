@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from segdeformer.errors import UserError
+from segdeformer.errors import UserError, count
 
 
 class Layout(NamedTuple):
@@ -85,11 +85,12 @@ def pair_files(layout: Layout) -> tuple[Pair, ...]:
         wanted = layout.root / layout.labels / f"{lonely[0]}{layout.label_endings[0]}"
         raise UserError(
             f"{images.found[lonely[0]]} has no label map {wanted} "
-            f"({len(lonely)} of {len(images.found)} images have none)"
+            f"({count(len(lonely), 'image', 'have', of=len(images.found))} none)"
         )
     if lonely := sorted(labels.found.keys() - images.found.keys()):
         raise UserError(
             f"{labels.found[lonely[0]]} has no image in {layout.root / layout.images} "
-            f"({len(lonely)} of {len(labels.found)} label maps have none); remove it or add the image"
+            f"({count(len(lonely), 'label map', 'have', of=len(labels.found))} none); "
+            "remove it or add the image"
         )
     return tuple(Pair(name, images.found[name], labels.found[name]) for name in sorted(images.found))

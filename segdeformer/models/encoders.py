@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segdeformer.errors import UsageError, UserError
+from segdeformer.errors import UsageError, UserError, count
 from segdeformer.models.downloads import explained_download
 from segdeformer.models.mit import MIT_SIZES, MiT
 from segdeformer.models.own import build_own_encoder
@@ -129,7 +129,7 @@ class WeightsReport(NamedTuple):
         }
         inside = f"`{self.container}`, " if self.container else ""
         told = f"({inside}{self.source_format} names)"
-        summary = f"encoder weights: {self.loaded} tensors from {self.source} {told}"
+        summary = f"encoder weights: {count(self.loaded, 'tensor')} from {self.source} {told}"
         return [summary, *(f"  {title}: {', '.join(names)}" for title, names in lists.items() if names)]
 
 
@@ -253,29 +253,29 @@ def create_timm(config: EncoderConfig, create: Callable[..., Any]) -> tuple[Any,
 
 def _choose_levels(config: EncoderConfig, reductions: list[int]) -> tuple[int, int, int, int]:
     """Indices of the four maps among those that the model offers, finest first."""
-    count = len(reductions)
+    num_maps = len(reductions)
     flat = len(set(reductions)) == 1
     if config.out_indices is not None:
         if not flat:
             raise UsageError(
                 f"`model.encoder.out_indices` is for flat (ViT) encoders; `{config.name}` is a pyramid"
             )
-        if max(config.out_indices) >= count or list(config.out_indices) != sorted(set(config.out_indices)):
+        if max(config.out_indices) >= num_maps or list(config.out_indices) != sorted(set(config.out_indices)):
             raise UsageError(
                 f"`model.encoder.out_indices`: {list(config.out_indices)} must ascend and stay below the "
-                f"{count} blocks of `{config.name}`"
+                f"{num_maps} blocks of `{config.name}`"
             )
         return config.out_indices
     if flat:
-        levels = [count * (i + 1) // 4 - 1 for i in range(4)]  # 12 blocks: 2, 5, 8, 11
+        levels = [num_maps * (i + 1) // 4 - 1 for i in range(4)]  # 12 blocks: 2, 5, 8, 11
     else:
-        levels = [i for i in range(count) if reductions[i] not in reductions[i + 1 :]][-4:]
+        levels = [i for i in range(num_maps) if reductions[i] not in reductions[i + 1 :]][-4:]
         if len(levels) < 4:
-            levels = list(range(count))[-4:]  # some pyramids repeat their last stride
-    if count < 4:
+            levels = list(range(num_maps))[-4:]  # some pyramids repeat their last stride
+    if num_maps < 4:
         raise UserError(
-            f"encoder `{config.name}` gives {count} maps, at strides {reductions}, and four are needed; "
-            "choose another"
+            f"encoder `{config.name}` gives {count(num_maps, 'map')}, at strides {reductions}, and four "
+            "are needed; choose another"
         )
     return four(levels)
 
