@@ -92,7 +92,7 @@ def _run(console: Console, plan: Plan, slots: list[Slot], lock: int) -> None:
     from segdeformer.ablation.runs import Failed, Finished, Stopped, execute
     from segdeformer.ablation.tables import write_results
     from segdeformer.cli.show_ablation import AblationProgress, conclude
-    from segdeformer.errors import UserError
+    from segdeformer.errors import UserError, count
 
     collector = Collector(plan)
     progress = AblationProgress(console, collector.results())
@@ -120,9 +120,9 @@ def _run(console: Console, plan: Plan, slots: list[Slot], lock: int) -> None:
     write_results(results)
     conclude(console, results)
     if num_left:
-        raise UserError(f"stopped with {num_left} runs left, all is saved; the same command goes on")
+        raise UserError(f"stopped with {count(num_left, 'run')} left, all is saved; the same command goes on")
     if collector.failures:
         raise UserError(
-            f"{len(collector.failures)} of {len(plan.runs)} runs failed, see above and "
+            f"{count(len(collector.failures), 'run', of=len(plan.runs))} failed, see above and "
             f"{plan.folder / 'rows'}/*/seed-*.log; the same command tries them again"
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from segdeformer.cli.show import Grid, make_console, markdown, print_grid, write_tables
+from segdeformer.errors import count
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,8 @@ def _about(comparison: Comparison) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     until = "each pixel's class, upsampled" if options.argmax else "logits at the decoder's resolution"
     lines = [
-        f"{machine.hardware}, {machine.threads} threads; {versions}; {machine.commit}, {machine.date}",
+        f"{machine.hardware}, {count(machine.threads, 'thread')}; {versions}; "
+        f"{machine.commit}, {machine.date}",
         f"batch {options.batch}, {height}x{width}, {comparison.device}: normalised images to {until}",
     ]
     labels: dict[str, list[str]] = {}

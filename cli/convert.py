@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from typer import Argument, Option
 
 from segdeformer.cli.errors import one_line_errors
-from segdeformer.errors import UsageError, and_more
+from segdeformer.errors import UsageError, and_more, count, verb_of
 from segdeformer.files import write_json
 
 if TYPE_CHECKING:
@@ -118,7 +118,9 @@ def _describe(console: Console, imported: Imported) -> None:
     console.print(f"{source.path}: {imported.title}, in the names of {PROJECT_TITLES[source.project]}")
     places = [f"`{place}`" for place in (source.container, source.prefix) if place]
     under = f" under {', '.join(places)}" if places else ""
-    console.print(f"used: {imported.used} of {len(source.tensors) + len(source.aside)} tensors{under}")
+    console.print(
+        f"used: {count(imported.used, 'tensor', of=len(source.tensors) + len(source.aside))}{under}"
+    )
     groups: dict[str, list[str]] = {}
     for item in imported.unused:
         groups.setdefault(item.reason, []).append(item.name)
@@ -139,7 +141,10 @@ def _describe(console: Console, imported: Imported) -> None:
 
 
 def _describe_parity(console: Console, parity: Parity) -> None:
-    console.print(f"checked: {parity.rewritten} tensors written back in the old names are equal to the bit")
+    console.print(
+        f"checked: {count(parity.rewritten, 'tensor')} written back in the old names "
+        f"{verb_of(parity.rewritten, 'are')} equal to the bit"
+    )
     if parity.compared_with is None:
         console.print(f"logits not compared: {parity.reason}", style="dim")
     else:
@@ -161,10 +166,13 @@ def _export(
     exported = export_model(loaded, to, out, license_text=license_text, check=check)
     console = make_console()
     console.print(
-        f"{checkpoint.path} ({checkpoint.recipe.name}) for {PROJECT_TITLES[to]}: {exported.tensors} tensors"
+        f"{checkpoint.path} ({checkpoint.recipe.name}) for {PROJECT_TITLES[to]}: "
+        f"{count(exported.tensors, 'tensor')}"
     )
     if exported.left_out:
-        console.print(f"left out: {len(exported.left_out)} tensors of the auxiliary head (training only)")
+        console.print(
+            f"left out: {count(len(exported.left_out), 'tensor')} of the auxiliary head (training only)"
+        )
     if exported.parity is not None:
         _describe_parity(console, exported.parity)
     console.print(f"license: {license_text}")

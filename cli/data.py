@@ -12,6 +12,7 @@ from typer import Argument, Option
 from segdeformer.cli.errors import one_line_errors
 from segdeformer.cli.options import ClassesFile
 from segdeformer.cli.show import make_console, make_table, ticking
+from segdeformer.errors import UserError, count
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,7 +45,6 @@ def check_command(
     """Read every pair and say what would spoil training: exit code 1 if anything would."""
     from segdeformer.data.check.doctor import Doctor
     from segdeformer.data.datasets import parse_data_spec
-    from segdeformer.errors import UserError
     from segdeformer.report.checkup import write_checkup, write_overlays
 
     config = parse_data_spec(data).model_copy(update={"train_split": train, "val_split": val})
@@ -64,7 +64,7 @@ def check_command(
             console.print(f"{kind}: {path}")
     errors = sum(found.level == "error" for found in checkup.findings)
     if errors:
-        raise UserError(f"{errors} {'kind' if errors == 1 else 'kinds'} of fault would spoil training")
+        raise UserError(f"{count(errors, 'kind')} of fault would spoil training")
 
 
 @data_app.command("prepare")
@@ -101,7 +101,7 @@ def _run(console: Console, pairs: Iterator[object], *, total: int) -> None:
 def _show_checkup(console: Console, checkup: Checkup) -> None:
     """Findings, classes, and lines to paste into a recipe."""
     for summary in checkup.splits.values():
-        console.print(f"{summary.name}: {summary.num_pairs:,} pairs", style="bold")
+        console.print(f"{summary.name}: {count(summary.num_pairs, 'pair')}", style="bold")
     if checkup.findings:
         console.print(_findings_table(checkup), soft_wrap=False)
     if not checkup.spoils_training:

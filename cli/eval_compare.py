@@ -76,7 +76,7 @@ def compare(
         for _ in show.ticking(console, done, "images", len(dataset)):
             pass
     rows = comparison.rows()
-    console.print(_table(rows))
+    console.print(_table(rows), soft_wrap=False)
     console.print("change: of mIoU, over the images; scores: query-key products of an image", style="dim")
     best = None
     if len({row.protocol.mode for row in rows}) == 1:

@@ -36,7 +36,7 @@ def predict_command(
     from segdeformer.cli.inference import joined, launched, open_model
     from segdeformer.cli.show import device_words, make_console, protocol_line, ticking
     from segdeformer.data.images import read_image
-    from segdeformer.errors import UserError, listed
+    from segdeformer.errors import UserError, count, listed
     from segdeformer.inference.predict import predict_image
     from segdeformer.report.predictions import Kind, plan_jobs, write_prediction
     from segdeformer.runtime.distributed import from_all, is_first
@@ -62,7 +62,7 @@ def predict_command(
     failed: list[UserError] = []
     written: list[Path] = []
     with joined(opened, console) as runtime:
-        console.print(f"{about.path}, {len(jobs)} images, {device_words(runtime)}")
+        console.print(f"{about.path}, {count(len(jobs), 'image')}, {device_words(runtime)}")
         console.print(opened.folding, style="dim")
         if skipped:
             console.print(f"not visited: {listed(skipped)}", style="yellow")
@@ -85,7 +85,7 @@ def predict_command(
     for path in written[:6]:
         console.print(f"  {path}")
     if len(written) > 6:
-        console.print(f"  ... {len(written)} files in {out}")
+        console.print(f"  ... {count(len(written), 'file')} in {out}")
     if failures:
-        count = f"{len(failures)} of {len(jobs)} images failed: " if len(failures) > 1 else ""
-        raise UserError(f"{count}{listed(failures)}")
+        several = f"{len(failures)} of {count(len(jobs), 'image')} failed: " if len(failures) > 1 else ""
+        raise UserError(f"{several}{listed(failures)}")

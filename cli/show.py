@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import track
 from rich.table import Table
 
+from segdeformer.errors import count
 from segdeformer.files import write_text
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+LEAST_NAME = 8  # columns that names are left with before numbers are broken
+
 
 def make_console(*, quiet: bool = False) -> Console:
     """A console that prints names and paths as they are: no markup, no colours in numbers, no line breaks.
@@ -31,11 +34,27 @@ def make_console(*, quiet: bool = False) -> Console:
     return Console(markup=False, highlight=False, soft_wrap=True, quiet=quiet)
 
 
+class FoldingTable(Table):
+    """A table that breaks what does not fit, and cuts nothing; numbers are broken last."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        # rich narrows the other columns first, but then cuts those that are not to be wrapped.
+        room = options.max_width - self._extra_width
+        least = 0
+        for column in self.columns:
+            measured = self._measure_column(console, options, column)
+            least += measured.maximum if column.no_wrap else min(measured.minimum, LEAST_NAME)
+        if least > room:
+            for column in self.columns:
+                column.no_wrap = False
+        yield from super().__rich_console__(console, options)
+
+
 def make_table(*header: str, num_left: int = 1, **options: Any) -> Table:
-    """A plain table; its first columns are names, the others numbers."""
-    table = Table(box=None, header_style="bold", **options)
+    """A plain table; its first columns are names, the others numbers. Print it with soft_wrap=False."""
+    table = FoldingTable(box=None, header_style="bold", **options)
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index < num_left else "right")
+        table.add_column(name, justify="left" if index < num_left else "right", overflow="fold")
     return table
 
 
@@ -69,7 +88,7 @@ def schedule_line(recipe: Recipe) -> str:
     weighted = (f"{term.weight:g} {term.name}" if term.weight != 1 else term.name for term in terms)
     averages = dict.fromkeys(str(getattr(term, "average", "valid")) for term in terms)
     return (
-        f"AdamW, batch {config.batch_size}, {config.iterations:,} iterations: linear warm-up over "
+        f"AdamW, batch {config.batch_size}, {count(config.iterations, 'iteration')}: linear warm-up over "
         f"{config.warmup_iterations:,}, then poly of power {config.poly_power:g} to "
         f"{config.min_learning_rate:g}; loss {' + '.join(weighted)}, "
         f"averaged over {' or '.join(averages)} pixels"
@@ -93,7 +112,8 @@ def scores_line(report: Report) -> str:
     """mIoU, mAcc, aAcc and loss in one line."""
     return (
         f"mIoU {percent(report.scores.miou)} %, mAcc {percent(report.scores.macc)} %, "
-        f"aAcc {percent(report.pixel_accuracy)} %, loss {report.loss:.4f} on {report.num_images} images"
+        f"aAcc {percent(report.pixel_accuracy)} %, loss {report.loss:.4f} on "
+        f"{count(report.num_images, 'image')}"
     )
 
 
@@ -135,12 +155,11 @@ class Grid(NamedTuple):
 
 
 def print_grid(console: Console, grid: Grid) -> None:
-    """As wide as it needs to be; names are broken where the terminal is too narrow."""
-    table = Table(title=grid.title, title_justify="left", title_style="bold", box=None, header_style="bold")
-    table.padding = (0, 1, 0, 0)
-    for index, name in enumerate(grid.header):
-        is_name = index < grid.num_left
-        table.add_column(name, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold")
+    """As wide as it needs to be; names are broken where the terminal is too narrow, then numbers."""
+    title: dict[str, Any] = {"title": grid.title, "title_justify": "left", "title_style": "bold"}
+    table = make_table(*grid.header, num_left=grid.num_left, padding=(0, 1, 0, 0), **title)
+    for column in table.columns[grid.num_left :]:
+        column.no_wrap = True
     for row in grid.rows:
         table.add_row(*row)
     console.print(table, soft_wrap=False)

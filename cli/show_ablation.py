@@ -14,6 +14,7 @@ from segdeformer.ablation.results import SCORE_RULE, Results
 from segdeformer.ablation.runs import Event, Failed, Finished, Progress, Started, Ticked
 from segdeformer.ablation.tables import DASH, FILES, NOTE_ON_SEEDS, cells, closing_line, setting_line
 from segdeformer.cli.show import make_table
+from segdeformer.errors import count
 
 LINE_EVERY_S = 60.0
 MOST_CHANGES = 5  # of a row, to be told one by one
@@ -34,7 +35,7 @@ def introduce(console: Console, plan: Plan, *, num_at_once: int) -> None:
     finished = sum(run.is_finished for run in plan.runs)
     before = f", {finished} of them finished before" if finished else ""
     at_once = f", {num_at_once} at once" if num_at_once > 1 else ""
-    console.print(f"{len(plan.runs)} runs{before}{at_once}; folder {plan.folder}")
+    console.print(f"{count(len(plan.runs), 'run')}{before}{at_once}; folder {plan.folder}")
 
 
 def _changes_line(plan: Plan, row: PlannedRow) -> str:
@@ -146,11 +147,9 @@ class AblationProgress:
 
     def _picture(self) -> Group:
         results, passed = self.results, _minutes(time.monotonic() - self.began)
-        lines = [f"{results.num_finished} of {len(results.plan.runs)} runs, {passed}{self._left()}"]
+        lines = [f"{count(results.num_finished, 'run', of=len(results.plan.runs))}, {passed}{self._left()}"]
         lines += [progress_line(progress) for progress in self.running]
-        return Group(
-            "", results_table(results), "", Text("\n".join(lines), style="cyan", overflow="ellipsis")
-        )
+        return Group("", results_table(results), "", Text("\n".join(lines), style="cyan", overflow="fold"))
 
 
 def _minutes(seconds: float) -> str:

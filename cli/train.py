@@ -137,7 +137,13 @@ def _train(
     auto_batch: bool,
 ) -> None:
     from segdeformer.cli.show import make_console
-    from segdeformer.cli.train_show import choose_accumulation, introduce, show_plan, train_and_show
+    from segdeformer.cli.train_show import (
+        choose_accumulation,
+        introduce,
+        say_download,
+        show_plan,
+        train_and_show,
+    )
     from segdeformer.data.check.doctor import quick_check, refuse_errors
     from segdeformer.errors import UserError
     from segdeformer.measure.implementation import settle_training
@@ -162,6 +168,8 @@ def _train(
     findings = quick_check(recipe.data) if first else ()
     refuse_errors([f for f in findings if options.bad_images == "stop" or f.kind not in UNREADABLE])
 
+    if resumed is None:
+        say_download(console, recipe)
     if auto_batch:
         options = choose_accumulation(console, prepared, options, runtime)
     if dry_run:

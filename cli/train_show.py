@@ -17,6 +17,7 @@ from rich.progress import (
 
 from segdeformer.cli import show
 from segdeformer.cli.stopping import StoppedError, stop_request
+from segdeformer.errors import count
 from segdeformer.runtime.device import peak_memory_mib
 
 if TYPE_CHECKING:
@@ -36,6 +37,18 @@ REFRESH_S = 0.5
 LINE_EVERY_S = 30.0
 
 
+def say_download(console: Console, recipe: Recipe) -> None:
+    """Before a model is built: whose weights it downloads, which may take a while."""
+    from segdeformer.models.mit import MIT_SIZES
+    from segdeformer.plugins import is_path
+
+    encoder = recipe.model.encoder
+    if encoder.weights == "timm" and encoder.name not in MIT_SIZES and not is_path(encoder.name):
+        console.print(
+            f"encoder weights: `{encoder.name}` of timm, downloaded unless they are on this machine already"
+        )
+
+
 def introduce(
     console: Console, run: Run, base: Recipe, findings: Sequence[Finding], *, shows_folder: bool = True
 ) -> None:
@@ -48,8 +61,8 @@ def introduce(
         console.print(f"  changed {key}: {before} -> {after}", style="yellow")
     data = run.data.train
     console.print(
-        f"data {data.name}: {len(data):,} training and {len(run.data.val):,} validation images, "
-        f"{recipe.model.num_classes} classes"
+        f"data {data.name}: {len(data):,} training and {count(len(run.data.val), 'validation image')}, "
+        f"{count(recipe.model.num_classes, 'class')}"
     )
     folder = f", run folder {run.folder}" if shows_folder else ""
     console.print(f"{show.device_words(run.runtime)}{folder}")
@@ -110,12 +123,12 @@ def _sharing(run: Run) -> str:
     parts = []
     if processes.size > 1:
         parts.append(
-            f"{processes.size} processes{', each with a share of the model' if options.shard else ''}"
+            f"{count(processes.size, 'process')}{', each with a share of the model' if options.shard else ''}"
         )
     if options.accumulate > 1:
         parts.append(f"{options.accumulate} micro-batches one after another")
     if parts:
-        parts.append(f"{run.micro_batch_size} images at once in each")
+        parts.append(f"{count(run.micro_batch_size, 'image')} at once in each")
     if options.accumulate > 1 and any(
         isinstance(m, nn.modules.batchnorm._BatchNorm) for m in run.model.modules()
     ):
@@ -134,7 +147,7 @@ def choose_accumulation(console: Console, prepared: Prepared, options: Options, 
 
     fit = fit_batch(prepared.recipe, prepared.data, runtime=runtime, options=options)
     console.print(
-        f"--auto-batch: {fit.micro_batch_size} images at once, --accumulate {fit.accumulate}: "
+        f"--auto-batch: {count(fit.micro_batch_size, 'image')} at once, --accumulate {fit.accumulate}: "
         f"{fit.peak_mib:,.0f} of {fit.available_mib:,.0f} MiB"
     )
     return options._replace(accumulate=fit.accumulate)
@@ -170,13 +183,13 @@ def show_plan(
     loading_s = rehearsal.batch_s / workers if workers else rehearsal.batch_s
     iteration_s = max(step_s, loading_s) if workers else step_s + loading_s
     console.print(
-        f"{num_images:,} images an epoch, {num_images / train.batch_size:,.1f} iterations; "
-        f"{train.iterations:,} iterations are {epochs:,.1f} epochs"
+        f"{count(num_images, 'image')} an epoch, {num_images / train.batch_size:,.1f} iterations; "
+        f"{count(train.iterations, 'iteration', 'are')} {epochs:,.1f} epochs"
     )
     console.print(
-        f"an iteration: {step_s:.3g} s to learn, {loading_s:.3g} s to load with {workers} loader processes; "
-        f"all of them {_duration(iteration_s * train.iterations)}, and validation every "
-        f"{train.validate_every:,}"
+        f"an iteration: {step_s:.3g} s to learn, {loading_s:.3g} s to load with "
+        f"{count(workers, 'loader process')}; all of them {_duration(iteration_s * train.iterations)}, "
+        f"and validation every {train.validate_every:,}"
     )
     console.print(f"peak memory {rehearsal.peak_mib:,.0f} MiB, of a process, in two steps")
     console.print(f"loss of the first steps: {', '.join(f'{loss:.4f}' for loss in rehearsal.losses)}")
@@ -277,10 +290,10 @@ def train_and_show(console: Console, run: Run, loggers: Sequence[OwnLogger]) -> 
                     )
                 case _:
                     progress.stepped(event)
-    if run.progress.num_skipped_steps:
+    if num_skipped := run.progress.num_skipped_steps:
         console.print(
-            f"{run.progress.num_skipped_steps:,} steps were left out, for their loss or gradient was not "
-            "finite; metrics.jsonl has each",
+            f"{count(num_skipped, 'step', 'were')} left out, for their loss or gradient "
+            "was not finite; metrics.jsonl has each",
             style="yellow",
         )
     import torch
@@ -291,8 +304,8 @@ def train_and_show(console: Console, run: Run, loggers: Sequence[OwnLogger]) -> 
         )
     if num_unreadable:
         console.print(
-            f"{num_unreadable:,} times another image took the place of one that cannot be read, such as: "
-            f"{run.progress.unreadable[0] if run.progress.unreadable else 'one of another process'}",
+            f"{count(num_unreadable, 'time')} another image took the place of one that cannot be read, "
+            f"such as: {run.progress.unreadable[0] if run.progress.unreadable else 'one of another process'}",
             style="yellow",
         )
     if run.runtime.processes.is_first:

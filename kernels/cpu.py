@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from segdeformer.errors import count
 from segdeformer.kernels.attention.blocks import BLOCK_COLUMNS, attention_blocks
 from segdeformer.kernels.attention.sdpa import attention_sdpa
 from segdeformer.kernels.tiles import read_table, user_cache
@@ -37,7 +38,7 @@ def cpu_name() -> str:
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return f"{name}, {cores} cores"
+    return f"{name}, {count(cores, 'core')}"
 
 
 def kind_of(width: int, value_width: int, num_keys: int) -> str:

@@ -32,6 +32,24 @@ def listed(messages: Sequence[str], *, most: int = 8) -> str:
     return " | ".join(messages[:most]) + (f" | and {more:,} more" if more > 0 else "")
 
 
+def count(number: int, noun: str, verb: str = "", *, of: int | None = None) -> str:
+    """A number of things, and what they do: `1 class`, `1,200 images`, `1 of 3 label maps holds`.
+
+    noun: of one; verb: of several.
+    """
+    several = f"{noun}es" if noun.endswith(("s", "x", "ch", "sh")) else f"{noun}s"
+    things = f"{number:,}" if of is None else f"{number:,} of {of:,}"
+    things += f" {noun if (number if of is None else of) == 1 else several}"
+    return f"{things} {verb_of(number, verb)}" if verb else things
+
+
+def verb_of(number: int, verb: str) -> str:
+    """The verb for a number of things from that for several: `is` or `are`, `holds` or `hold`."""
+    if number != 1:
+        return verb
+    return {"are": "is", "have": "has", "were": "was"}.get(verb, f"{verb}s")
+
+
 def and_more(names: Sized) -> str:
     """What follows the first of several names in a message."""
     return f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -59,9 +59,9 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all."""
+    """Write UTF-8 text, whole or not at all; `?` for bytes of file names that are no UTF-8."""
     with replacing(path) as aside:
-        aside.write_text(text, "utf-8")
+        aside.write_text(text, "utf-8", errors="replace")
 
 
 def write_json(path: Path, values: object) -> None:

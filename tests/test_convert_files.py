@@ -113,7 +113,7 @@ def test_another_order_of_relative_positions_is_refused(tmp_path):
         ),
         ({"decode_head.psp_modules.4.1.conv.weight": torch.zeros(1)}, "UperNet has 5 pools"),
         ({"decode_head.conv_seg.weight": torch.zeros(300, 16, 1, 1)}, "predicts 300 classes; 2 to 255"),
-        ({"decode_head.conv_seg.weight": torch.tensor(1.0)}, "predicts 1 classes; 2 to 255"),
+        ({"decode_head.conv_seg.weight": torch.tensor(1.0)}, "predicts 1 class; 2 to 255"),
         (
             {"backbone.patch_embed.projection.weight": torch.zeros(2, 3)},
             "has shape (2, 3), expected 4 dimensions",
@@ -215,7 +215,7 @@ def test_code_in_a_file_is_never_run(kind, zipped, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"<html>", "damaged or no PyTorch file"),
+        (b"<html>", "is a web page, so the download failed"),
         (b"", "damaged or no PyTorch file"),
         ([1, 2], "holds a list, not a dict"),
         (torch.nn.Linear(1, 1), "holds an object of `torch.nn.modules.linear.Linear`, not a dict of tensors"),

@@ -97,7 +97,7 @@ def test_default_colours_of_few_classes_begin_those_of_many():
         ('names = "a"', "`names` must be a list of class names"),
         ('names = ["a", ""]', "`names` must be a list of class names"),
         ("", "`names` must be a list of class names"),
-        ('names = ["a"]', "`names` has 1 classes; it must have 2 to 255"),
+        ('names = ["a"]', "`names` has 1 class; it must have 2 to 255"),
         ('names = ["a", "b", "a"]', "`names` says 'a' more than once"),
         ('names = ["a", "b"]\ncolors = [[1, 2, 3]]', "`colors` has 1 entries for 2 names"),
         ('names = ["a", "b"]\ncolors = [[1, 2, 3], [1, 2]]', r"`colors\[1\]` is \[1, 2\]; it must be"),
@@ -212,7 +212,7 @@ def test_labels_without_images_are_counted_and_the_first_is_named(tmp_path):
     config = folder_of_three(tmp_path)
     put(tmp_path / "labels/train/z.png", np.zeros((5, 7), np.uint8))
     assert refusal(config).startswith(
-        f"{tmp_path}/labels/train/z.png has no image in {tmp_path}/images/train (1 of 3 label maps have none)"
+        f"{tmp_path}/labels/train/z.png has no image in {tmp_path}/images/train (1 of 3 label maps has none)"
     )
 
 

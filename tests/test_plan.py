@@ -84,7 +84,7 @@ def test_where_nothing_fits_it_says_what_to_change(memory):
     with pytest.raises(UserError) as caught:
         fit_batch(recipe(batch_size=12), DATA, **HOW)
     assert str(caught.value) == (
-        "micro-batches of 1 images take 130 MiB or more, a process has 80 MiB; use --grad-checkpointing, or "
+        "micro-batches of 1 image take 130 MiB or more, a process has 80 MiB; use --grad-checkpointing, or "
         "a smaller augment.crop"
     )
     with pytest.raises(UsageError, match="batch_size is 12, which 5 processes cannot share evenly"):

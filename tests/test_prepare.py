@@ -106,7 +106,7 @@ def test_a_second_run_makes_only_what_is_missing_damaged_or_outdated(tmp_path):
     changed = put_labels(source / "annotations/validation/ADE_2.png", [[3, 3, 3]])
     os.utime(changed, (later := outdated.stat().st_mtime + 10, later))
     out = run("ade20k", source, tmp_path / "dst", "--partial")
-    assert "train: 2 pairs, 1 label maps made now" in out
+    assert "train: 2 pairs, 1 label map made now" in out
     assert "val: 2 pairs, 2 label maps made now" in out
     assert kept.stat().st_mtime_ns == before
     for path, expected in ((gone, [255, 0, 149]), (damaged, [255, 0, 149]), (outdated, [2, 2, 2])):

@@ -278,10 +278,17 @@ def test_truncated_files_are_refused_in_one_line(suffix, kept_bytes, tmp_path):
     assert "damaged or no" in refused(random_mit(1), path)
 
 
-@pytest.mark.parametrize("text", ["<html>not found</html>", "version https://git-lfs", "hello\n"])
-def test_text_under_a_weights_name_is_refused(text, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<html>not found</html>", "is a web page, so the download failed"),
+        ("version https://git-lfs", "is a Git LFS pointer"),
+        ("hello\n", "damaged or no PyTorch file"),
+    ],
+)
+def test_text_under_a_weights_name_is_refused(text, message, tmp_path):
     (tmp_path / "mit.pth").write_text(text)
-    assert "damaged or no PyTorch file" in refused(random_mit(0), tmp_path / "mit.pth")
+    assert message in refused(random_mit(0), tmp_path / "mit.pth")
 
 
 class Foreign:

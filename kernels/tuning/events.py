@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from segdeformer.errors import count
 from segdeformer.kernels.tiles import Tile
 from segdeformer.kernels.tuning.comparison import Compared
 from segdeformer.kernels.tuning.trial import Problem
@@ -64,7 +65,7 @@ def describe(event: Event) -> str:
         case Skipped(problem, reason):
             return f"{_problem(problem)}: no tile: {reason}"
         case Compiling(num_left):
-            return f"{num_left} candidates left to compile"
+            return f"{count(num_left, 'candidate')} left to compile"
         case Compared(comparison, choice, refusals):
             if choice is None or refusals:
                 reasons = "; ".join(f"{side}: {reason}" for side, reason in refusals.items())
@@ -72,7 +73,8 @@ def describe(event: Event) -> str:
             alternative = f"{comparison.alternative} {choice.alternative_ms:.3f} ms"
             return f"{comparison.label}: triton {choice.triton_ms:.3f} ms, {alternative}"
         case OutOfTime(num_left):
-            return f"out of time with {num_left} kernels and comparisons left; run again to go on"
+            left = "1 kernel or comparison" if num_left == 1 else f"{num_left} kernels and comparisons"
+            return f"out of time with {left} left; run again to go on"
 
 
 def _problem(problem: Problem) -> str:

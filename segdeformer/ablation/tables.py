@@ -21,6 +21,7 @@ from segdeformer.ablation.results import (
     results_values,
 )
 from segdeformer.data.images import write_png
+from segdeformer.errors import count
 from segdeformer.files import write_json, write_text
 from segdeformer.inference import statistics as bootstrap
 from segdeformer.report.gains import GainLine, gains_plot
@@ -73,9 +74,9 @@ def setting_line(results: Results) -> str:
     """On what the rows were trained and scored."""
     recipe, train = results.plan.base, results.plan.base.train
     height, width = recipe.augment.crop
-    images = f" ({results.num_images} validation images)" if results.num_images else ""
+    images = f" ({count(results.num_images, 'validation image')})" if results.num_images else ""
     return (
-        f"recipe {recipe.name} on {data_title(recipe.data)}{images}: {train.iterations:,} iterations, "
+        f"recipe {recipe.name} on {data_title(recipe.data)}{images}: {count(train.iterations, 'iteration')}, "
         f"batch {train.batch_size}, crop {height} x {width}; seeds {', '.join(map(str, results.plan.seeds))}"
     )
 

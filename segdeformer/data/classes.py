@@ -12,7 +12,7 @@ import numpy as np
 
 from segdeformer.config import IGNORE_INDEX
 from segdeformer.config.toml import read_toml
-from segdeformer.errors import UserError
+from segdeformer.errors import UserError, count
 
 Color = tuple[int, int, int]  # RGB
 
@@ -58,7 +58,7 @@ def _names(value: Any, path: Path) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) and name.strip() for name in value):
         raise UserError(f"{path}: `names` must be a list of class names, such as {EXAMPLE}")
     if not 2 <= len(value) <= IGNORE_INDEX:
-        raise UserError(f"{path}: `names` has {len(value)} classes; it must have 2 to {IGNORE_INDEX}")
+        raise UserError(f"{path}: `names` has {count(len(value), 'class')}; it must have 2 to {IGNORE_INDEX}")
     if doubles := sorted({name for name in value if value.count(name) > 1}):
         raise UserError(f"{path}: `names` says {doubles[0]!r} more than once; every class needs its own name")
     return tuple(value)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from segdeformer.data.walk import walk_files
-from segdeformer.errors import UserError, listed
+from segdeformer.errors import UserError, count, listed
 
 
 class Layout(NamedTuple):
@@ -118,13 +118,13 @@ def pair_files(layout: Layout) -> Paired:
         wanted = layout.root / layout.labels / f"{lonely[0]}{layout.label_endings[0]}"
         raise UserError(
             f"{images.found[lonely[0]]} has no label map {wanted} "
-            f"({len(lonely)} of {len(images.found)} images have none)" + _unvisited(labels.skipped)
+            f"({count(len(lonely), 'image', 'have', of=len(images.found))} none)" + _unvisited(labels.skipped)
         )
     if lonely := sorted(labels.found.keys() - images.found.keys()):
         raise UserError(
             f"{labels.found[lonely[0]]} has no image in {layout.root / layout.images} "
-            f"({len(lonely)} of {len(labels.found)} label maps have none); remove it or add the image"
-            + _unvisited(images.skipped)
+            f"({count(len(lonely), 'label map', 'have', of=len(labels.found))} none); "
+            "remove it or add the image" + _unvisited(images.skipped)
         )
     pairs = tuple(Pair(name, images.found[name], labels.found[name]) for name in sorted(images.found))
     return Paired(pairs, all_skipped(images, labels))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from segdeformer.config import EvalConfig, Recipe
-from segdeformer.errors import UserError
+from segdeformer.errors import UserError, count, verb_of
 from segdeformer.kernels.choices import (
     Choice,
     Kind,
@@ -154,7 +154,8 @@ def _settled(
     rows: list[dict[str, Any]] = []
     if comparisons:
         say(
-            f"auto: {len(comparisons)} operations of this model were never measured on {gpu}; "
+            f"auto: {count(len(comparisons), 'operation')} of this model "
+            f"{verb_of(len(comparisons), 'were')} never measured on {gpu}; "
             f"comparing Triton with PyTorch, about {SECONDS:.0f} s"
         )
         results = _compare(comparisons, device)

@@ -6,17 +6,16 @@ timm is imported only when one of its models is built.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segdeformer.errors import UsageError, UserError
+from segdeformer.errors import UsageError, UserError, count
+from segdeformer.models.downloads import explained_download
 from segdeformer.models.mit import MIT_SIZES, MiT
 from segdeformer.models.own import build_own_encoder
 from segdeformer.plugins import is_path
@@ -118,6 +117,7 @@ class WeightsReport(NamedTuple):
     unexpected: tuple[str, ...]
     resampled: tuple[str, ...]
     passed_over: tuple[str, ...]
+    container: str | None = None  # the dict in the file that they were taken from
 
     def lines(self) -> list[str]:
         """For the terminal: a summary, and a line for each list that is not empty."""
@@ -127,7 +127,9 @@ class WeightsReport(NamedTuple):
             "in the file but not used": self.unexpected,
             "objects in the file that were not read": self.passed_over,
         }
-        summary = f"encoder weights: {self.loaded} tensors from {self.source} ({self.source_format} names)"
+        inside = f"`{self.container}`, " if self.container else ""
+        told = f"({inside}{self.source_format} names)"
+        summary = f"encoder weights: {count(self.loaded, 'tensor')} from {self.source} {told}"
         return [summary, *(f"  {title}: {', '.join(names)}" for title, names in lists.items() if names)]
 
 
@@ -249,48 +251,31 @@ def create_timm(config: EncoderConfig, create: Callable[..., Any]) -> tuple[Any,
     return model, set(options)
 
 
-@contextlib.contextmanager
-def explained_download(name: str) -> Iterator[None]:
-    """Weights that cannot be downloaded are one line, without the hub client's line for every retry."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"the weights of `{name}` could not be downloaded ({type(error).__name__}); without a "
-            "network, set encoder.weights to a .safetensors or .pth file in timm's names"
-        ) from error
-    finally:
-        logger.setLevel(level)
-
-
 def _choose_levels(config: EncoderConfig, reductions: list[int]) -> tuple[int, int, int, int]:
     """Indices of the four maps among those that the model offers, finest first."""
-    count = len(reductions)
+    num_maps = len(reductions)
     flat = len(set(reductions)) == 1
     if config.out_indices is not None:
         if not flat:
             raise UsageError(
                 f"`model.encoder.out_indices` is for flat (ViT) encoders; `{config.name}` is a pyramid"
             )
-        if max(config.out_indices) >= count or list(config.out_indices) != sorted(set(config.out_indices)):
+        if max(config.out_indices) >= num_maps or list(config.out_indices) != sorted(set(config.out_indices)):
             raise UsageError(
                 f"`model.encoder.out_indices`: {list(config.out_indices)} must ascend and stay below the "
-                f"{count} blocks of `{config.name}`"
+                f"{num_maps} blocks of `{config.name}`"
             )
         return config.out_indices
     if flat:
-        levels = [count * (i + 1) // 4 - 1 for i in range(4)]  # 12 blocks: 2, 5, 8, 11
+        levels = [num_maps * (i + 1) // 4 - 1 for i in range(4)]  # 12 blocks: 2, 5, 8, 11
     else:
-        levels = [i for i in range(count) if reductions[i] not in reductions[i + 1 :]][-4:]
+        levels = [i for i in range(num_maps) if reductions[i] not in reductions[i + 1 :]][-4:]
         if len(levels) < 4:
-            levels = list(range(count))[-4:]  # some pyramids repeat their last stride
-    if count < 4:
+            levels = list(range(num_maps))[-4:]  # some pyramids repeat their last stride
+    if num_maps < 4:
         raise UserError(
-            f"encoder `{config.name}` gives {count} maps, at strides {reductions}, and four are needed; "
-            "choose another"
+            f"encoder `{config.name}` gives {count(num_maps, 'map')}, at strides {reductions}, and four "
+            "are needed; choose another"
         )
     return four(levels)
 

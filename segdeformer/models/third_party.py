@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segdeformer.errors import UsageError, UserError
-from segdeformer.models.encoders import create_timm, explained_download, four
+from segdeformer.models.downloads import explained_download
+from segdeformer.models.encoders import create_timm, four
 from segdeformer.models.layers import SegOutput
 
 if TYPE_CHECKING:  # modules need no recipe

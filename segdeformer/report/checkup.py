@@ -53,5 +53,6 @@ def write_overlays(path: Path, samples: Iterable[tuple[str, Sample]], checkup: C
     if not shown:
         raise UserError(f"{path}: no pair can be drawn; mend the errors above first")
     counts = ", ".join(f"{summary.num_pairs:,} {split}" for split, summary in checkup.splits.items())
-    headline = f"{checkup.config.name}: {counts} pairs; where labels are ignored, the plain image shows"
+    pairs = "pairs" if sum(summary.num_pairs for summary in checkup.splits.values()) != 1 else "pair"
+    headline = f"{checkup.config.name}: {counts} {pairs}; where labels are ignored, the plain image shows"
     write_png(path, overlay_page(shown, checkup.classes, headline))

@@ -16,7 +16,7 @@ import torch
 from segdeformer.config import Recipe, ThirdPartyConfig
 from segdeformer.data.loader import training_batch
 from segdeformer.data.samples import Splits
-from segdeformer.errors import UsageError, UserError
+from segdeformer.errors import UsageError, UserError, count
 from segdeformer.kernels.impl import choose_impl, choose_upsampling
 from segdeformer.runtime import Runtime
 from segdeformer.runtime.device import available_memory_mib, peak_memory_mib, restart_peak_memory
@@ -179,8 +179,8 @@ def fit_batch(recipe: Recipe, data: Splits, *, runtime: Runtime, options: Option
     fit = max(from_all(fit, processes), key=lambda one: one.accumulate)
     if fit.peak_mib > fit.available_mib:
         raise UserError(
-            f"micro-batches of {fit.micro_batch_size} images take {fit.peak_mib:,.0f} MiB or more, a process "
-            f"has {fit.available_mib:,.0f} MiB; use --grad-checkpointing, or a smaller augment.crop"
+            f"micro-batches of {count(fit.micro_batch_size, 'image')} take {fit.peak_mib:,.0f} MiB or more, "
+            f"a process has {fit.available_mib:,.0f} MiB; use --grad-checkpointing, or a smaller augment.crop"
         )
     return fit
 

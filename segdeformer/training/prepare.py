@@ -159,9 +159,10 @@ def _named_recipe(recipe: Recipe | str) -> Recipe:
 def new_folder(name: str) -> Path:
     """Make a folder of its own for a run, also when several start in one second."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    RUNS.mkdir(exist_ok=True)
     for number in itertools.count(1):
         folder = RUNS / (f"{name}-{stamp}" if number == 1 else f"{name}-{stamp}-{number}")
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
     raise AssertionError("counting never ends")

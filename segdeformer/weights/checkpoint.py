@@ -26,6 +26,7 @@ from segdeformer.models.few_keys import set_key_stride
 from segdeformer.models.segmenter import Segmenter
 from segdeformer.models.skeleton import without_weights
 from segdeformer.weights.build import build_model
+from segdeformer.weights.signatures import failed_download, is_pytorch
 
 FORMAT = "segdeformer-1"
 METADATA_KEY = "segdeformer"
@@ -181,7 +182,15 @@ def _system_error(error: SafetensorError) -> OSError:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint's metadata; the weights stay on disk."""
+    """Read a checkpoint's metadata; the weights stay on disk. Raises `UserError` where it is none."""
+    if (instead := failed_download(path)) is not None:
+        raise UserError(f"{path} {instead}")
+    if is_pytorch(path):
+        raise UserError(
+            f"{path} is a PyTorch file, no checkpoint of segdeformer; make one of another project's whole "
+            f"model by `segdeformer convert {path} --out FILE`, start from an encoder's weights by "
+            f"`segdeformer train --weights {path}`"
+        )
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

@@ -93,6 +93,7 @@ def load_encoder_weights(encoder: Encoder | ThirdPartyEncoder, source: str | Pat
         unexpected=tuple(name for name in tensors if name not in used),
         resampled=tuple(resampled),
         passed_over=read.passed_over,
+        container=read.container,
     )
 
 
@@ -204,6 +205,4 @@ def _looks_like(tensors: Mapping[str, Tensor]) -> str:
     for telling, family in FAMILIES:
         if name := next((n for n in shapes if n.endswith(telling)), None):
             return f"the file looks like {family}: `{name}` has shape {shapes[name]}"
-    if not shapes:
-        return "there is no tensor in the file"
     return f"its first tensors are {', '.join(f'`{name}`' for name in list(shapes)[:3])}"

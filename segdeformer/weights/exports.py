@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from segdeformer.config import MLPFusionConfig, ModelConfig, UperNetConfig
-from segdeformer.errors import UsageError, UserError
+from segdeformer.errors import UsageError, UserError, count
 from segdeformer.files import replacing, write_json
 from segdeformer.models.encoders import TimmEncoder
 from segdeformer.models.fusion import MLPFusion
@@ -69,7 +69,7 @@ def export_model(loaded: Loaded, project: Project, out: Path, *, license_text: s
     if unknown := [name for name in table.unknown if not name.startswith("auxiliary.")]:
         raise UsageError(
             f"{checkpoint.path} cannot be written for {PROJECT_TITLES[project]}, which has no name for "
-            f"`{unknown[0]}` ({len(unknown)} such tensors)"
+            f"`{unknown[0]}` ({count(len(unknown), 'such tensor')})"
         )
     tensors = {name: tensor.cpu().contiguous() for name, tensor in written(table.links, state).items()}
     parity = check_parity(model, project, tensors, None) if check else None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from segdeformer.config import ModelConfig, Recipe, load_recipe
-from segdeformer.errors import UserError, and_more
+from segdeformer.errors import UserError, and_more, count
 from segdeformer.models.encoders import TimmEncoder
 from segdeformer.models.segmenter import Segmenter
 from segdeformer.weights.build import build_model
@@ -148,7 +148,7 @@ def _num_classes(source: Source) -> int:
         raise UserError(f"{source.path}: has none of {', '.join(f'`{name}`' for name in CLASSIFIERS)}")
     num_classes = len(weight) if weight.ndim else 1
     if not 2 <= num_classes <= 255:
-        raise UserError(f"{source.path}: predicts {num_classes} classes; 2 to 255 can be converted")
+        raise UserError(f"{source.path}: predicts {count(num_classes, 'class')}; 2 to 255 can be converted")
     return num_classes
 
 

@@ -112,8 +112,6 @@ def _choose_prefix(path: Path, tensors: Mapping[str, Tensor], prefixes: list[str
         return wanted
     if prefixes:
         return min(prefixes, key=lambda p: (bool(AVERAGED.search(p)), len(p)))
-    if not tensors:
-        raise UserError(f"{path}: there is no tensor in the file")
     raise UserError(
         f"{path}: holds no `decode_head.`, so it is no whole segmentation model "
         f"({_quoted(list(tensors)[:3])}, ...); for encoder weights use `segdeformer train --weights FILE`"

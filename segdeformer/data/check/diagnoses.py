@@ -19,7 +19,7 @@ from segdeformer.data.check.examine import TURNS, Exam, FailureKind, Histogram, 
 from segdeformer.data.check.findings import Finding, finding, findings_of
 from segdeformer.data.classes import ClassTable
 from segdeformer.data.images import read_image
-from segdeformer.errors import listed
+from segdeformer.errors import count, listed, verb_of
 
 IDS_ARE_CLASSES: tuple[str, ...] = ("folder", "landcover", "synthetic")  # no table between them
 MANY = 0.05  # share of a split's label maps from which an id is no slip
@@ -35,16 +35,15 @@ NO_LABEL_NAMES = (
     *("don't care", "dontcare", "dont_care"),
 )
 
-# What is said of pairs with a trait that is a fault; {count} of {total}.
+# What is said of pairs with a trait that is a fault; {images}: how many of them.
 FAULTS = {
-    "alpha channel": "{count} of {total} images have an alpha channel; RGB was expected",
-    "16-bit images": "{count} of {total} images have 16 bits a channel; 8 were expected",
-    "dark 16-bit images": "{count} of {total} images use the lowest of their 16 bits only",
-    "turned by EXIF": "{count} of {total} images are turned by their EXIF orientation",
-    "blank images": "{count} of {total} images are of one colour throughout",
-    "labels look misplaced": "in {count} of {total} pairs the labels meet the image only when mirrored, "
-    "turned or shifted",
-    "other format than the ending": "{count} of {total} images are of another format than they are named",
+    "alpha channel": "{images} {have} an alpha channel; RGB was expected",
+    "16-bit images": "{images} {have} 16 bits a channel; 8 were expected",
+    "dark 16-bit images": "{images} {use} the lowest of their 16 bits only",
+    "turned by EXIF": "{images} {are} turned by their EXIF orientation",
+    "blank images": "{images} {are} of one colour throughout",
+    "labels look misplaced": "in {pairs} the labels meet the image only when mirrored, turned or shifted",
+    "other format than the ending": "{images} {are} of another format than their names say",
 }
 
 
@@ -61,13 +60,13 @@ def pair_findings(exams: Sequence[Exam], name: str, num_classes: int) -> Iterato
         yield from _labelled(split, [exam for exam in own if not (ids_are_classes and _is_mask(exam))])
         if ids_are_classes:
             masks = _labels(exam for exam in own if _is_mask(exam))
-            what = f"{len(masks)} of {len(own)} label maps hold 0 and 255 alone: "
+            what = f"{count(len(masks), 'label map', 'hold', of=len(own))} 0 and 255 alone: "
             what += "as ids they are class 0 and pixels to ignore"
             yield from findings_of(mask_kind, split, masks, what)
             yield from _shifted(split, own, num_classes)
         elif name == "ade20k":  # published without 255: with it, 1 would be subtracted twice
             reduced = _labels(exam for exam in own if IGNORE_INDEX in exam.raw_ids)
-            what = f"{len(reduced)} label maps hold 255, the published ones 0 to 150: "
+            what = f"{count(len(reduced), 'label map', 'hold')} 255, the published ones 0 to 150: "
             what += "was 1 subtracted already?"
             remedy = "take the published files, or use these as a folder of your own"
             yield from findings_of("zero label", split, reduced, what, remedy=remedy)
@@ -78,11 +77,13 @@ def _failures(split: str, exams: Sequence[Exam]) -> Iterator[Finding]:
         failed = [(exam.pair, fail.message) for exam in exams for fail in exam.failures if fail.kind == kind]
         if failed:
             files = [pair.image if kind == "unreadable image" else pair.labels for pair, _ in failed]
-            reasons: dict[str, str] = {}  # without the path: message; sizes and ids differ in most files
+            reasons: dict[
+                str, str
+            ] = {}  # without path and remedy, which the finding has; sizes differ in most
             if kind in ("unreadable image", "unreadable label map"):
                 for file, (_, message) in zip(files, failed, strict=True):
-                    reasons.setdefault(message.replace(str(file), ""), message)
-            said = listed([*reasons.values()]) or failed[0][1]
+                    reasons.setdefault(message.replace(str(file), ""), message.partition("; ")[0])
+            said = listed([*reasons.values()]) or failed[0][1].partition("; ")[0]
             yield finding(kind, split, f"{len(failed)} of {len(exams)}, {said}", files)
 
 
@@ -90,9 +91,16 @@ def _traits(split: str, exams: Sequence[Exam]) -> Iterator[Finding]:
     grey = sum("grey" in exam.traits for exam in exams)
     grey_kind = "some images are grey" if grey < MOSTLY * len(exams) else "all images are grey"
     texts = [(kind, kind, text) for kind, text in FAULTS.items()]
-    for trait, kind, text in (*texts, ("grey", grey_kind, "{count} of {total} images are grey")):
+    for trait, kind, text in (*texts, ("grey", grey_kind, "{images} {are} grey")):
         images = [exam.pair.image for exam in exams if trait in exam.traits]
-        yield from findings_of(kind, split, images, text.format(count=len(images), total=len(exams)))
+        yield from findings_of(kind, split, images, _worded(text, len(images), len(exams)))
+
+
+def _worded(text: str, number: int, total: int) -> str:
+    """A text about images or pairs, with the number of them and its verbs."""
+    verbs = {verb: verb_of(number, verb) for verb in ("have", "are", "use")}
+    of = {f"{noun}s": count(number, noun, of=total) for noun in ("image", "pair")}
+    return text.format(**of, **verbs)
 
 
 def _turned(split: str, exams: Sequence[Exam]) -> Iterator[Finding]:
@@ -104,7 +112,9 @@ def _turned(split: str, exams: Sequence[Exam]) -> Iterator[Finding]:
         if len(gain_N) < FEWEST_TO_COMPARE:
             continue
         if gain_N.mean() > max(LEAST_MEAN_GAIN, LEAST_DEVIATIONS * gain_N.std() / len(gain_N) ** 0.5):
-            what = f"over {len(gain_N)} pairs, the labels' outlines meet the images better when {turn}"
+            what = (
+                f"over {count(len(gain_N), 'pair')}, the labels' outlines meet the images better when {turn}"
+            )
             gains[what] = float(gain_N.mean())
     if gains:
         yield finding("all labels look turned", split, max(gains, key=lambda what: gains[what]))
@@ -119,10 +129,13 @@ def _palettes(split: str, exams: Sequence[Exam]) -> Iterator[Finding]:
         if any(meanings.setdefault(color, index) != index for index, color in exam.palette):
             disagreeing.append(exam.pair.labels)
     if disagreeing:
-        what = f"{len(disagreeing)} label maps use a colour at another index than the files before them"
+        what = f"{count(len(disagreeing), 'label map', 'use')} a colour at another index than the files "
+        what += "before them"
         yield finding("palettes disagree", split, what, disagreeing)
     elif len(with_palette) < MOSTLY * len(exams):
-        what = f"{len(with_palette)} of {len(exams)} label maps have a palette, the others have none"
+        what = (
+            f"{count(len(with_palette), 'label map', 'have', of=len(exams))} a palette, the others have none"
+        )
         yield from findings_of("some palettes", split, _labels(with_palette), what)
 
 
@@ -130,9 +143,9 @@ def _labelled(split: str, exams: Sequence[Exam]) -> Iterator[Finding]:
     usable = [exam for exam in exams if exam.num_present is not None]
     empty, single = (_labels(exam for exam in usable if exam.num_present == number) for number in (0, 1))
     few = MOSTLY * len(usable)
-    what = f"in {len(empty)} of {len(usable)} label maps every pixel is ignored ({IGNORE_INDEX})"
+    what = f"in {count(len(empty), 'label map', of=len(usable))} every pixel is ignored ({IGNORE_INDEX})"
     yield from findings_of("all ignored" if len(empty) < few else "nothing labelled", split, empty, what)
-    what = f"{len(single)} of {len(usable)} label maps hold one class only"
+    what = f"{count(len(single), 'label map', 'hold', of=len(usable))} one class only"
     yield from findings_of("one class" if len(single) < few else "mostly one class", split, single, what)
 
 
@@ -166,16 +179,17 @@ def _shifted(split: str, exams: Sequence[Exam], num_classes: int) -> Iterator[Fi
     with_zero = sum(0 in exam.raw_ids for exam in read)
     none_has_zero = all(0 not in exam.raw_ids for exam in too_high)
     if len(too_high) >= MANY * len(read) or (none_has_zero and with_zero >= MOSTLY * len(read)):
-        zeros = "0 never occurs" if not with_zero else f"0 occurs in {with_zero} of {len(read)} maps"
+        zeros = "0 never occurs" if not with_zero else f"0 occurs in {count(with_zero, 'map', of=len(read))}"
         what = (
-            f"{len(too_high)} label maps hold id {num_classes}, but {num_classes} classes have the ids "
-            f"0 to {num_classes - 1}, and {zeros}: are the ids shifted by one, with 0 for `unlabelled`?"
+            f"{count(len(too_high), 'label map', 'hold')} id {num_classes}, but {num_classes} classes have "
+            f"the ids 0 to {num_classes - 1}, and {zeros}: are the ids shifted by one, with 0 for "
+            "`unlabelled`?"
         )
         yield from findings_of("zero label", split, _labels(too_high), what)
     low_ignore = [exam for exam in read if IGNORE_INDEX - 1 in set(exam.raw_ids) - known]
     if not any(len(set(exam.raw_ids) - known) > 2 for exam in low_ignore):
         files, remedy = _labels(low_ignore), "write 255 for 254"
-        what = f"{len(files)} label maps hold id 254: was 1 subtracted from 255, too?"
+        what = f"{count(len(files), 'label map', 'hold')} id 254: was 1 subtracted from 255, too?"
         yield from findings_of("zero label", split, files, what, remedy=remedy)
 
 
@@ -202,7 +216,7 @@ def duplicate_findings(exams: Sequence[Exam]) -> Iterator[Finding]:
     shared = [group for group in groups if {exam.split for exam in group} == {"train", "val"}]
     num_val = sum(exam.split == "val" for exam in exams)
     num_shared = sum(exam.split == "val" for group in shared for exam in group)
-    what = f"{num_shared} of {num_val} validation images are in train, too (equal pixels)"
+    what = f"{count(num_shared, 'validation image', 'are', of=num_val)} in train, too (equal pixels)"
     if num_shared == num_val:
         what = f"every validation image is in train, too: are the {num_val} a copy of training images?"
     yield from findings_of("train/val duplicates", "both", [_equation(group) for group in shared], what)
@@ -267,7 +281,9 @@ def class_findings(train: Histogram, val: Histogram, classes: ClassTable) -> Ite
         kind: str, split: str, chosen_K: np.ndarray, text: str, remedy: str = ""
     ) -> Iterator[Finding]:
         names = [classes.names[index] for index in np.flatnonzero(chosen_K)]
-        what = f"{len(names)} of {len(classes.names)} classes {text}"
+        verbs = {verb: verb_of(len(names), verb) for verb in ("are", "occur")}
+        of_all = count(len(names), "class", of=len(classes.names))
+        what = f"{of_all} {text.format(**verbs, they='it' if len(names) == 1 else 'they')}"
         return findings_of(kind, split, names, what, remedy=remedy)
 
     if np.count_nonzero(in_train_K) == 1:
@@ -277,12 +293,12 @@ def class_findings(train: Histogram, val: Histogram, classes: ClassTable) -> Ite
         never_K = ~in_train_K & ~in_val_K
         is_shifted = never_K[0] and not train.ignored and np.count_nonzero(never_K) == 1
         hint = "if id 0 was meant for unlabelled pixels, the ids may be shifted by one" if is_shifted else ""
-        yield from of_classes("class not in train", "both", never_K, "never occur", hint)
+        yield from of_classes("class not in train", "both", never_K, "never {occur}", hint)
         missed_K = ~in_train_K & in_val_K
-        yield from of_classes("class only in val", "train", missed_K, "occur in val, but not in train")
+        yield from of_classes("class only in val", "train", missed_K, "{occur} in val, but not in train")
         if in_val_K.any():
             missed_K = in_train_K & ~in_val_K
-            yield from of_classes("class not in val", "val", missed_K, "occur in train, but not in val")
+            yield from of_classes("class not in val", "val", missed_K, "{occur} in train, but not in val")
     meant_K = np.array([name.strip().lower() in NO_LABEL_NAMES for name in classes.names]) & in_train_K
-    text = "are named as if they meant no label"
+    text = "{are} named as if {they} meant no label"
     yield from of_classes("class that means no label", "train", meant_K, text)

@@ -31,7 +31,7 @@ from segdeformer.data.folders import (
 )
 from segdeformer.data.parallel import in_threads
 from segdeformer.data.samples import Dataset, Sample, evenly_spread
-from segdeformer.errors import UserError
+from segdeformer.errors import UserError, count
 from segdeformer.plugins import is_path
 
 Split = Literal["train", "val"]
@@ -190,13 +190,15 @@ def find_pairs(split: str, layout: Layout) -> tuple[tuple[Pair, ...], list[Findi
 
     if without_labels:
         first = without_labels[0]
-        what = f"{len(without_labels)} of {len(images.found)} images have no label map"
+        what = f"{count(len(without_labels), 'image', 'have', of=len(images.found))} no label map"
         what += f"; expected {label_folder / f'{first}{ending}'}"
         near = _similar(first, without_image)
         remedy = f"is it {labels.found[near]}? names must be equal but for the ending" if near else ""
         files = [images.found[name] for name in without_labels]
         findings.append(finding("missing label map", split, what, files, remedy=remedy))
-    what = f"{len(without_image)} of {len(labels.found)} label maps have no image in {image_folder}"
+    what = (
+        f"{count(len(without_image), 'label map', 'have', of=len(labels.found))} no image in {image_folder}"
+    )
     findings += findings_of("missing image", split, [labels.found[name] for name in without_image], what)
 
     unread = [*images.others, *(path for path, name in other_labels.items() if name not in images.found)]

@@ -31,7 +31,7 @@ from segdeformer.data.images import read_labels, write_png
 from segdeformer.data.parallel import in_threads
 from segdeformer.data.published import SETS
 from segdeformer.data.samples import LabelMap
-from segdeformer.errors import UsageError, UserError, listed
+from segdeformer.errors import UsageError, UserError, count, listed
 from segdeformer.files import replacing, write_text
 
 Split = Literal["train", "val"]
@@ -107,7 +107,8 @@ class Preparation:
             own = [made for made in self.made if made.split == split and made.error is None]
             new = sum(made.is_new for made in own)
             lines.append(
-                f"{split}: {len(own):,} pairs, {new:,} label maps made now; published are {wanted:,}"
+                f"{split}: {count(len(own), 'pair')}, {count(new, 'label map')} made now; "
+                f"published are {wanted:,}"
             )
         return lines
 
@@ -115,7 +116,9 @@ class Preparation:
         """Raises `UserError` when pairs failed or, unless `partial`, there are not as many as published."""
         failed = [made.error for made in self.made if made.error is not None]
         if failed:
-            raise UserError(f"{len(failed)} of {len(self)} pairs could not be made; the first: {failed[0]}")
+            raise UserError(
+                f"{count(len(failed), 'pair', of=len(self))} could not be made; the first: {failed[0]}"
+            )
         for split, wanted in COUNTS[self.name].items():
             have = sum(made.split == split for made in self.made)
             files = list_files(self.target / "labels" / split, (".png",)).found
