@@ -299,8 +299,8 @@ def test_the_quick_check_names_every_bad_image_and_every_reason(data):
         refuse_errors(findings)
     bad = [str(image(data, index)) for index in (1, 3, 4, 5, 7)]
     assert str(caught.value).startswith(
-        f"train: 5 of 12, {bad[0]}: not a readable image (damaged, cut off or another format); replace it | "
-        f"{bad[3]}: 3 bands of float32; expected 1, 3 or 4 bands of uint8 or uint16; convert it: "
+        f"train: 5 of 12, {bad[0]}: not a readable image (damaged, cut off or another format) | "
+        f"{bad[3]}: 3 bands of float32; expected 1, 3 or 4 bands of uint8 or uint16: "
         f"{', '.join(bad)}; copy or convert it again from its source"
     )
 

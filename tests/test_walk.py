@@ -150,7 +150,7 @@ def test_a_missing_partner_is_explained_by_its_broken_link(data):
     with pytest.raises(UserError) as caught:
         open_dataset(config(data), "train")
     assert str(caught.value).endswith(
-        "(1 of 3 images have none); "
+        "(1 of 3 images has none); "
         f"not visited: {labels(data, 1)}: broken link to gone.png (No such file or directory)"
     )
 

@@ -77,14 +77,17 @@ def _failures(split: str, exams: Sequence[Exam]) -> Iterator[Finding]:
         failed = [(exam.pair, fail.message) for exam in exams for fail in exam.failures if fail.kind == kind]
         if failed:
             files = [pair.image if kind == "unreadable image" else pair.labels for pair, _ in failed]
-            reasons: dict[
-                str, str
-            ] = {}  # without path and remedy, which the finding has; sizes differ in most
+            reasons: dict[str, str] = {}  # by the message without its path; sizes and ids often differ
             if kind in ("unreadable image", "unreadable label map"):
                 for file, (_, message) in zip(files, failed, strict=True):
-                    reasons.setdefault(message.replace(str(file), ""), message.partition("; ")[0])
-            said = listed([*reasons.values()]) or failed[0][1].partition("; ")[0]
+                    reasons.setdefault(message.replace(str(file), ""), _without_remedy(message))
+            said = listed([*reasons.values()]) or _without_remedy(failed[0][1])
             yield finding(kind, split, f"{len(failed)} of {len(exams)}, {said}", files)
+
+
+def _without_remedy(message: str) -> str:
+    """The finding has its own."""
+    return message.rpartition("; ")[0] or message
 
 
 def _traits(split: str, exams: Sequence[Exam]) -> Iterator[Finding]:
