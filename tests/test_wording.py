@@ -85,6 +85,6 @@ def test_train_says_the_remedy_of_an_unreadable_image_once(data):
     result = RUNNER.invoke(app, ["train", "synthetic", "--data", str(data), "--iterations", "1"])
     assert result.exit_code == 1
     assert result.stderr == (
-        f"error: train: 1 of 2, {data}/images/train/b.png: {UNREADABLE}; copy it again from its source, "
-        "or remove the pair\n"
+        f"error: train: 1 of 2, {data}/images/train/b.png: {UNREADABLE}; copy or convert it again from its "
+        "source, or remove the pair\n"
     )
