@@ -81,7 +81,9 @@ def _failures(split: str, exams: Sequence[Exam]) -> Iterator[Finding]:
             if kind in ("unreadable image", "unreadable label map"):
                 for file, (_, message) in zip(files, failed, strict=True):
                     reasons.setdefault(message.replace(str(file), ""), _without_remedy(message))
-            said = listed([*reasons.values()]) or _without_remedy(failed[0][1])
+            said = listed([*reasons.values()]) or failed[0][1]
+            if kind == "sizes differ":
+                said = _without_remedy(said)
             yield finding(kind, split, f"{len(failed)} of {len(exams)}, {said}", files)
 
 
