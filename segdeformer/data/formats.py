@@ -1,4 +1,4 @@
-"""What a header says that decoded pixels do not: the bands of a TIFF, compression that changes values."""
+"""What a header says before anything is decoded: size, the bands of a TIFF, lossy compression."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import struct
 from typing import NamedTuple
 
 JPEG_START = b"\xff\xd8"
+PNG_START = b"\x89PNG\r\n\x1a\n"
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 
-BITS, COMPRESSION, BANDS, SAMPLE_FORMAT = 258, 259, 277, 339  # tags
+WIDTH, HEIGHT, BITS, COMPRESSION, BANDS, SAMPLE_FORMAT = 256, 257, 258, 259, 277, 339  # tags
 NUMBER_FORMATS = {3: "H", 4: "I", 16: "Q"}  # by a tag's type
 SAMPLE_KINDS = {1: "uint", 2: "int", 3: "float", 5: "complex int", 6: "complex"}
 PICTURE_TYPES = (*(f"uint{bits}" for bits in (1, 2, 4, 8, 10, 12, 14, 16)), "unknown8", "unknown16")
@@ -28,6 +29,38 @@ class TiffKind(NamedTuple):
 
     def words(self) -> str:
         return bands_of(self.bands, self.dtype)
+
+
+def declared_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) in px as a PNG, JPEG, TIFF, BMP or WebP says; None where the header says nothing."""
+    if data.startswith(PNG_START):
+        return int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big")
+    if data.startswith(JPEG_START):
+        return _jpeg_size(data)
+    if data.startswith(b"BM"):
+        width, height = (abs(int.from_bytes(data[at : at + 4], "little", signed=True)) for at in (18, 22))
+        return height, width
+    if data.startswith(b"RIFF") and data[12:16] == b"VP8X":
+        width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
+        return height, width
+    if data.startswith(TIFF_STARTS):
+        try:
+            tags = _tags(data)
+        except struct.error:
+            return None
+        return tags.get(HEIGHT, 0), tags.get(WIDTH, 0)
+    return None
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    start = len(JPEG_START)
+    while data[start : start + 1] == b"\xff" and len(data) >= start + 9:
+        marker = data[start + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame, of whatever coding
+            height, width = struct.unpack_from(">HH", data, start + 5)
+            return height, width
+        start += 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+    return None
 
 
 def bands_of(bands: int, dtype: object) -> str:

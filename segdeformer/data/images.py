@@ -12,7 +12,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from segdeformer.data.formats import JPEG_START, bands_of, lossy_format, tiff_kind
+from segdeformer.data.formats import (
+    JPEG_START,
+    PNG_START,
+    bands_of,
+    declared_size,
+    lossy_format,
+    tiff_kind,
+)
 from segdeformer.errors import UserError
 from segdeformer.files import replacing
 
@@ -25,9 +32,10 @@ else:  # its place in newer releases
 cv2.setNumThreads(0)
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # nor does Pillow print what it cannot open
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_PALETTE, PNG_GREY = b"\x03", b"\x00"  # colour types
 JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
+MOST_PIXELS = 2**29  # 23,170 squared; 1.5 GiB as RGB
+MOST_BYTES = 2**31  # of a file
 ONE_ID = "save one id per pixel (8-bit grey PNG)"
 
 
@@ -46,7 +54,7 @@ def read_image(path: Path) -> np.ndarray:
     Raises `UserError` when there is no such file or it cannot be decoded whole.
     """
     data = _read_bytes(path)
-    if data.startswith(PNG_SIGNATURE):
+    if data.startswith(PNG_START):
         data = _plain_png(data, path, keep=(b"IHDR", b"PLTE", b"IDAT", b"eXIf", b"IEND"))
     pixels = _decode(data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH, path)
     if pixels.dtype == np.uint16:
@@ -78,7 +86,7 @@ def read_labels(path: Path) -> np.ndarray:
     """
     data = _read_bytes(path)
     bits = 8
-    if data.startswith(PNG_SIGNATURE):
+    if data.startswith(PNG_START):
         data = _plain_png(data, path, keep=(b"IHDR", b"IDAT", b"IEND"))
         bits = data[24]
     kind = tiff_kind(data)
@@ -129,6 +137,12 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
 
 def _read_bytes(path: Path) -> bytes:
     try:
+        num_bytes = path.stat().st_size
+        if num_bytes > MOST_BYTES:
+            raise UserError(
+                f"{path}: {num_bytes / 2**30:.1f} GiB are more than the {MOST_BYTES / 2**30:.0f} GiB "
+                "of a file that are read at once; cut it into tiles"
+            )
         return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the path") from None
@@ -141,6 +155,12 @@ def _read_bytes(path: Path) -> bytes:
 def _decode(data: bytes, flags: int, path: Path) -> np.ndarray:
     if data.startswith(JPEG_START) and not _jpeg_has_end(data):
         raise _unreadable(path)  # older OpenCV would fill up the image with grey
+    size = declared_size(data)
+    if size is not None and size[0] * size[1] > MOST_PIXELS:  # before memory is taken for them
+        raise UserError(
+            f"{path}: {size[1]:,} x {size[0]:,} px are more than the {MOST_PIXELS:,} that are read at once; "
+            "cut it into tiles"
+        )
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error:  # an empty file, or more pixels than OpenCV takes
@@ -173,8 +193,8 @@ def _plain_png(data: bytes, path: Path, *, keep: tuple[bytes, ...]) -> bytes:
     Without PLTE, a palette PNG becomes the grey PNG of its indices, which OpenCV would expand to colours.
     Without colour profiles and broken sums, libpng has nothing to print on stderr.
     """
-    chunks = [PNG_SIGNATURE]
-    start = len(PNG_SIGNATURE)
+    chunks = [PNG_START]
+    start = len(PNG_START)
     while (kind := data[start + 4 : start + 8]) and chunks[-1][4:8] != b"IEND":
         body_end = start + 8 + int.from_bytes(data[start : start + 4], "big")
         body = data[start + 8 : body_end]

@@ -21,7 +21,7 @@ from segdeformer.data.folders import Pair
 from segdeformer.data.formats import JPEG_START
 from segdeformer.data.images import (
     PNG_PALETTE,
-    PNG_SIGNATURE,
+    PNG_START,
     LossyLabelsError,
     NotIdsError,
     read_image,
@@ -43,7 +43,7 @@ PNG_GREYS, PNG_ALPHAS = (0, 4), (4, 6)  # colour types
 STARTS = {
     ".jpg": (JPEG_START,),
     ".jpeg": (JPEG_START,),
-    ".png": (PNG_SIGNATURE,),
+    ".png": (PNG_START,),
     ".tif": (b"II", b"MM"),
     ".tiff": (b"II", b"MM"),
     ".bmp": (b"BM",),
@@ -168,7 +168,7 @@ def _examine_format(exam: Exam, data: bytes) -> None:
     if not data.startswith(STARTS.get(exam.pair.image.suffix.lower(), (b"",))):
         exam.traits.add("other format than the ending")
     has_alpha = is_16_bit = False
-    if data.startswith(PNG_SIGNATURE):
+    if data.startswith(PNG_START):
         bits, color_type = data[24], data[25]
         has_alpha = color_type in PNG_ALPHAS or b"tRNS" in data[:1024]
         is_16_bit = bits == 16
@@ -228,7 +228,7 @@ def _examine_labels(exam: Exam) -> np.ndarray:
     raw_HW = read_labels(path)
     data = path.read_bytes()
     exam.raw_ids, exam.labels_hash = _ids(raw_HW), _content_hash(raw_HW)
-    if data.startswith(PNG_SIGNATURE) and data[25:26] == PNG_PALETTE:
+    if data.startswith(PNG_START) and data[25:26] == PNG_PALETTE:
         exam.traits.add("palette")
         start = data.find(b"PLTE")
         colors = data[start + 4 : start + 4 + int.from_bytes(data[start - 4 : start], "big")]
