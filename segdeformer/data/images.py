@@ -6,6 +6,7 @@ H height, W width. Colours are RGB everywhere in the project; OpenCV's BGR does 
 from __future__ import annotations
 
 import logging
+import warnings
 import zlib
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def image_size(path: Path) -> tuple[int, int] | None:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             width, height = image.size
             is_turned = image.getexif().get(0x0112, 1) >= 5  # the orientations that swap the sides
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):

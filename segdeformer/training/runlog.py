@@ -59,10 +59,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS
     if not path.is_file():
         return []
-    entries = []
-    for line in path.read_text("utf-8").splitlines():
+    entries: list[dict[str, Any]] = []
+    for line in path.read_bytes().splitlines():
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
+            entry = json.loads(line)
+        except ValueError:  # of JSON, or of its encoding
             break
+        if not isinstance(entry, dict):
+            break
+        entries.append(entry)
     return entries

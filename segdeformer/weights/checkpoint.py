@@ -11,7 +11,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -198,21 +198,35 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise UserError(
             f"{path} cannot be read as a checkpoint ({error}); it may be truncated or of another kind"
         ) from None
-    about = json.loads(metadata.get(METADATA_KEY, "{}"))
-    if about.get("format") != FORMAT:
+    if METADATA_KEY not in metadata:
         raise UserError(
             f"{path} is a safetensors file, but no checkpoint of segdeformer ({FORMAT}); "
             "for encoder weights use `segdeformer train --weights FILE`"
         )
+    try:
+        return _described(path, json.loads(metadata[METADATA_KEY]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{path} cannot be read as a checkpoint: its description is damaged "
+            f"({type(error).__name__}: {error}); use another copy"
+        ) from None
+
+
+def _described(path: Path, about: dict[str, Any]) -> Checkpoint:
+    """The checkpoint of a description; whatever is raised, it is damaged or of another format."""
+    if about["format"] != FORMAT:
+        raise ValueError(f"format {about['format']}, expected {FORMAT}")
     classes = about["classes"]
     return Checkpoint(
         path=path,
         recipe=validate_recipe(about["recipe"], str(path)),
         classes=ClassTable(tuple(classes["names"]), tuple(tuple(color) for color in classes["colors"])),
-        iteration=about["iteration"],
+        iteration=int(about["iteration"]),
         best_miou=about["best_miou"],
-        validation_due=about["validation_due"],
-        folded=about.get("folded", False),  # files from before folding lack it
+        validation_due=bool(about["validation_due"]),
+        folded=bool(about.get("folded", False)),  # files from before folding lack it
         license=about.get("license"),
     )
 

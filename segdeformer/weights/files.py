@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,12 +145,12 @@ def _read_pickle(path: Path) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     while True:
         allowed: list[Any] = [(StandIn, name) for name in passed_over]
         try:
-            with torch.serialization.safe_globals(allowed):
+            with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(allowed):
                 content = torch.load(path, map_location="cpu", weights_only=True)
             break
         except pickle.UnpicklingError as error:
             passed_over.append(_next_foreign(path, error, passed_over))
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # a damaged pickle may do anything that its reader's few commands can
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise UserError(f"{path}: damaged or no PyTorch file ({reason})") from error
     if isinstance(content, StandIn):

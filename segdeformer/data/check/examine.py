@@ -18,10 +18,9 @@ import numpy as np
 from segdeformer.config import IGNORE_INDEX
 from segdeformer.data.datasets import check_same_size, map_labels
 from segdeformer.data.folders import Pair
-from segdeformer.data.formats import JPEG_START
+from segdeformer.data.formats import JPEG_START, PNG_START
 from segdeformer.data.images import (
     PNG_PALETTE,
-    PNG_START,
     LossyLabelsError,
     NotIdsError,
     read_image,
