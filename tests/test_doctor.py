@@ -369,4 +369,5 @@ def test_ctrl_c_ends_the_check_at_once(clean, tmp_path):
     time.sleep(3)
     os.kill(process.pid, signal.SIGINT)
     assert process.communicate(timeout=20)[1].startswith("error: stopped by Ctrl-C")
-    assert process.returncode == 1
+    # By SIGINT itself the interpreter ends if it came while a library's C code was running Python.
+    assert process.returncode in (1, -signal.SIGINT)
