@@ -20,9 +20,10 @@ from torch import Tensor
 
 from benchmarks.machine import Machine, poisoned_memory, short, this_machine
 from benchmarks.phases import Session
+from segdeformer.cores import num_cores
 from segdeformer.kernels.tuning.cases import WIDTHS_OF, attention_inputs, loss_step, make_loss_task
 from segdeformer.kernels.tuning.clock import synchronize
-from segdeformer.kernels.tuning.crew import Crew, Over, Work, num_cores, stage
+from segdeformer.kernels.tuning.crew import Crew, Over, Work, stage
 from segdeformer.kernels.tuning.judge import (
     ROUNDINGS,
     LossTask,

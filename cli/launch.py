@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 
 from segdeformer.cli.stopping import answered_signals
-from segdeformer.data.parallel import num_cores
+from segdeformer.cores import num_cores
 from segdeformer.errors import UsageError, UserError
 from segdeformer.runtime.command import own_command, own_environment
 

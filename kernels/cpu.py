@@ -10,8 +10,6 @@ D key width, E value width, N queries, M keys.
 from __future__ import annotations
 
 import functools
-import json
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +18,9 @@ from typing import Any
 
 import torch
 
+from segdeformer.cores import num_cores
 from segdeformer.errors import count
+from segdeformer.files import WriteError, write_json
 from segdeformer.kernels.attention.blocks import BLOCK_COLUMNS, attention_blocks
 from segdeformer.kernels.attention.sdpa import attention_sdpa
 from segdeformer.kernels.tiles import read_table, user_cache
@@ -37,8 +37,7 @@ def cpu_name() -> str:
     lines = about.read_text("utf-8").splitlines() if about.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return f"{name}, {count(cores, 'core')}"
+    return f"{name}, {count(num_cores(), 'core')}"
 
 
 def kind_of(width: int, value_width: int, num_keys: int) -> str:
@@ -91,14 +90,10 @@ blocks_are_faster._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _keep(known: Mapping[str, float]) -> str:
     """Write the file anew; what to say if that cannot be."""
-    header = _header(torch.get_num_threads())
     try:
-        _path().parent.mkdir(parents=True, exist_ok=True)
-        aside = _path().with_suffix(f".{os.getpid()}")
-        aside.write_text(json.dumps({**header, "speedups": dict(known)}, indent=1) + "\n", "utf-8")
-        aside.replace(_path())
-    except OSError as error:
-        return f" (not kept for the next time: {error})"
+        write_json(_path(), {**_header(torch.get_num_threads()), "speedups": dict(known)})
+    except WriteError as error:
+        return f" (not kept for the next time: {error.reason})"
     return ""
 
 

@@ -153,5 +153,7 @@ def test_whoever_waits_for_a_crew_takes_it_along(tmp_path, number):
     assert process.stderr.read().count("Traceback") == (number == signal.SIGINT)
 
 
-def test_outside_of_a_crew_a_stage_is_nothing():
-    stage("anything")
+def test_outside_of_a_crew_a_stage_is_noted_and_told_to_nobody():
+    stage("anything", 7.0)
+    assert crew_module._voice.stage == crew_module.Stage("anything", 7.0)
+    assert crew_module._voice.connection is None

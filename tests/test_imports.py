@@ -20,7 +20,13 @@ LAYERS = (
     ("segdeformer.paper",),
     ("segdeformer.config",),
     ("segdeformer.plugins", "segdeformer.refusals"),
-    ("segdeformer.errors", "segdeformer.files", "segdeformer.commit", "segdeformer.version"),
+    (
+        "segdeformer.errors",
+        "segdeformer.files",
+        "segdeformer.commit",
+        "segdeformer.cores",
+        "segdeformer.version",
+    ),
 )
 
 

@@ -367,24 +367,11 @@ def test_the_commands_train_score_time_and_predict_with_a_third_party_model(smp,
     recipe = recipe_of(config("FPN", "mobilenetv3_small_050", stage=3))
     train = recipe.train.model_copy(update={"iterations": 2, "warmup_iterations": 1})
     (tmp_path / "third_party.toml").write_text(recipe_toml(recipe.model_copy(update={"train": train})))
+    fps_options = ["--size", "64", "64", "--rounds", "1", "--warmup", "1", "--no-memory"]
     for arguments in (
         ["train", tmp_path / "third_party.toml", "--data", data, "--out", run],
         ["eval", run, "--json", tmp_path / "scores.json"],
-        [
-            "bench",
-            "--fps",
-            run,
-            "--size",
-            64,
-            64,
-            "--rounds",
-            1,
-            "--warmup",
-            1,
-            "--no-memory",
-            "--json",
-            tmp_path / "fps.json",
-        ],
+        ["bench", "--fps", run, *fps_options, "--json", tmp_path / "fps.json"],
         ["predict", run, data / "images" / "val" / "2.png", "--out", tmp_path / "out"],
     ):
         result = RUNNER.invoke(app, [*map(str, arguments), "--device", "cpu"], catch_exceptions=False)

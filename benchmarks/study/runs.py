@@ -20,6 +20,7 @@ from segdeformer.config.changes import change_recipe
 from segdeformer.data.datasets import choose_data, open_splits
 from segdeformer.data.loader import training_batch
 from segdeformer.files import write_text
+from segdeformer.inference.statistics import image_sums, mious
 from segdeformer.measure.sharpness import attention_sharpness
 from segdeformer.models.segmenter import Segmenter
 from segdeformer.training.loop import Step, Validated
@@ -92,8 +93,8 @@ def run(job: Job, threads: int) -> str:
     every = max(1, recipe.train.iterations // CURVE_POINTS)
     probe = training_batch(data.val, _probing(recipe), 0, places=range(PROBED_IMAGES)).images_B3HW
     began = time.perf_counter()
-    if not notes["curve"]:
-        _note(notes, 0, model, probe)
+    if not notes["curve"]:  # of a run that was stopped before its first validation, from there on
+        _note(notes, training.run.progress.iteration, model, probe)
     for event in training:
         if isinstance(event, Step) and event.iteration % every == 0:
             _note(notes, event.iteration, model, probe)
@@ -106,7 +107,7 @@ def run(job: Job, threads: int) -> str:
             write_text(notes_file, json.dumps(notes))
     counts = count_images(model.eval(), data.val, recipe, iteration=recipe.train.iterations)
     write_image_counts(job.folder / "image_counts.npz", counts)
-    miou = notes["validations"][-1]["miou"]
+    miou = float(mious(image_sums(counts.counts[None]))[0])
     results = {
         "setting": setting.name,
         "variant": job.variant,
@@ -138,6 +139,7 @@ def _recipe(job: Job) -> Recipe:
     )
     values = recipe.model_dump(exclude_none=True)
     form = FORMS.get(job.variant, {})
+    values["model"]["context"]["start"] = "small"  # what the starts change
     if "context" in form:
         del values["model"]["context"]
     else:

@@ -21,6 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
+from segdeformer.cores import num_cores
 from segdeformer.errors import KernelError
 from segdeformer.kernels.attention.launch import pad_operands
 from segdeformer.kernels.attention.operator import (
@@ -35,7 +36,7 @@ from segdeformer.kernels.launch import Launch, interpreting
 from segdeformer.kernels.plans import without_plans
 from segdeformer.kernels.tuning.cases import AttentionInputs, Comparison
 from segdeformer.kernels.tuning.clock import median_ms, synchronize
-from segdeformer.kernels.tuning.crew import COMPILE_PATIENCE_S, Crew, num_cores, stage
+from segdeformer.kernels.tuning.crew import COMPILE_PATIENCE_S, Crew, stage
 from segdeformer.kernels.tuning.judge import judge
 
 T = TypeVar("T")

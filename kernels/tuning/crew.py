@@ -52,11 +52,6 @@ class Over(NamedTuple):
 Work = Callable[[Any], Iterator[Any]]  # of a task: its results
 
 
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
 class _Voice:
     """How a worker's process speaks to the crew; in every other process it says nothing."""
 

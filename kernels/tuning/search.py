@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 
+from segdeformer.cores import num_cores
 from segdeformer.kernels.launch import interpreting
 from segdeformer.kernels.plans import forget_plans
 from segdeformer.kernels.tiles import ARCHITECTURES, Tile, architecture_of
@@ -32,7 +33,7 @@ from segdeformer.kernels.tuning.candidates import Target, candidate_tiles, most_
 from segdeformer.kernels.tuning.cases import Comparison, decoder_comparisons, dtypes_of
 from segdeformer.kernels.tuning.clock import median_ms, synchronize
 from segdeformer.kernels.tuning.comparison import KERNEL_ERRORS, Compared, faster_backward, run_comparison
-from segdeformer.kernels.tuning.crew import EXACT_PATIENCE_S, Crew, Over, Work, num_cores, stage
+from segdeformer.kernels.tuning.crew import EXACT_PATIENCE_S, Crew, Over, Work, stage
 from segdeformer.kernels.tuning.events import Compiling, Event, OutOfTime, Settled, Skipped, Tried
 from segdeformer.kernels.tuning.resources import Resources, resources_of
 from segdeformer.kernels.tuning.store import TunedFile, open_tuned

@@ -23,8 +23,8 @@ from segdeformer.ablation.plan import (
 )
 from segdeformer.ablation.runs import Slot
 from segdeformer.config import load_recipe
+from segdeformer.cores import num_cores
 from segdeformer.data.datasets import choose_data, open_splits, parse_data_spec
-from segdeformer.data.parallel import num_cores
 from segdeformer.errors import UsageError
 from segdeformer.paper.ablations import TABLES
 from segdeformer.runtime import default_workers

@@ -5,6 +5,8 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
+from segdeformer.errors import count
+
 JPEG_START = b"\xff\xd8"
 PNG_START = b"\x89PNG\r\n\x1a\n"
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
@@ -64,7 +66,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def bands_of(bands: int, dtype: object) -> str:
-    return f"{bands} {'band' if bands == 1 else 'bands'} of {dtype}"
+    return f"{count(bands, 'band')} of {dtype}"
 
 
 def tiff_kind(data: bytes) -> TiffKind | None:
@@ -87,10 +89,10 @@ def _tags(data: bytes) -> dict[int, int]:
     is_big = b"+" in data[:4]
     start_at, start_format, count_format, entry = (8, "Q", "Q", "HHQ8s") if is_big else (4, "I", "H", "HHI4s")
     (start,) = struct.unpack_from(order + start_format, data, start_at)
-    (count,) = struct.unpack_from(order + count_format, data, start)
+    (num_tags,) = struct.unpack_from(order + count_format, data, start)
     start += struct.calcsize(order + count_format)
     tags = {}
-    for number in range(min(count, 1000)):
+    for number in range(min(num_tags, 1000)):
         tag, kind, values, inline = struct.unpack_from(
             order + entry, data, start + number * struct.calcsize(order + entry)
         )

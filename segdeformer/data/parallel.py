@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from segdeformer.cores import num_cores
+
 T = TypeVar("T")
 
 AHEAD = 4  # jobs begun or waiting per thread: enough to keep it busy, few enough to bound memory
 MOST_WORKERS = 16
-
-
-def num_cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_threads(jobs: Iterable[Callable[[], T]], *, workers: int | None = None) -> Iterator[T]:

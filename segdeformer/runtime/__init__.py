@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
 
+from segdeformer.cores import num_cores
 from segdeformer.errors import UsageError
 from segdeformer.kernels.impl import Impl, check_impl
 from segdeformer.runtime.device import choose_device
@@ -48,6 +48,5 @@ def choose_runtime(device: str = "auto", impl: str = "auto", workers: int | None
 
 def default_workers(num_processes: int) -> int:
     """Some loader processes where cores are plenty; on few cores they would only take turns."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores //= num_processes
+    cores = num_cores() // num_processes
     return 0 if cores <= 2 else min(MOST_WORKERS, cores // 2)
